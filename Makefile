@@ -1,0 +1,50 @@
+# Every target sets itself up. Overridable: PYTHON, EXTRA (cpu, cuda12, cuda13), ARGS (more arguments for pytest).
+PYTHON ?= python3
+EXTRA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda13 || echo cpu)
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint bench wheel clean
+
+demo: .venv/.done
+	$(BIN)/trimaran demo
+
+test: .venv/.done
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: .venv/.done
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: .venv/.done
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy -p trimaran
+
+# The demo, timed over more rounds; benchmarks/ says what comes.
+bench: .venv/.done
+	$(BIN)/trimaran demo --rounds 20
+
+wheel: .venv/.done
+	$(BIN)/python -m build
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'trimaran needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo 'This Python cannot make environments: install its venv module (Debian: apt install python3-venv)' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+ifeq ($(EXTRA),cpu)
+# torch goes first and by its exact version: on a machine with no GPU its CPU build is enough (name its index or folder in
+# PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS), and an open range would take the newest CUDA build, several GB.
+	cp constraints.txt .venv/constraints.txt
+	$(BIN)/python -m pip install -c .venv/constraints.txt "$$(grep '^torch==' constraints.txt)"
+else
+# A CUDA build of torch asks for one exact version of Triton, so that pin is torch's to set.
+	grep -v '^triton==' constraints.txt > .venv/constraints.txt
+endif
+	$(BIN)/python -m pip install -c .venv/constraints.txt -e ".[$(EXTRA),zoo,dev]"
+	@touch $@

@@ -1,0 +1,136 @@
+"""Does a rewritten file compute what it did before? Run both and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from trimaran.export.onnx_graph import dims, made_by
+
+# Largest RMS error, relative to the RMS of the output. fp32 outputs of deep models differ by 1e-6 to 1e-5 between
+# runtimes.
+LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "float64": 1e-6}
+FUNCTIONS_SINCE = (1, 27)  # the onnxruntime that can run function overloads
+SIZES = {0: 2, 1: 7}  # of dynamic axes in generated inputs, by axis
+
+
+class VerificationError(RuntimeError):
+    """Two files, or a file and its model, disagree."""
+
+
+class CannotVerify(Exception):
+    """There is no way to compare here; the text is the reason."""
+
+
+def run(path: Path, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Outputs by name from a plain onnxruntime on the CPU, without our library. CannotVerify where there is none."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise CannotVerify(f"onnxruntime is not installed ({error})") from error
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < FUNCTIONS_SINCE:
+        raise CannotVerify(f"onnxruntime {onnxruntime.__version__} cannot run function overloads, 1.27 can")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def compare(got: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
+    """The largest relative RMS error over the outputs. VerificationError where one is over its dtype's limit."""
+    worst = 0.0
+    for name, reference in expected.items():
+        ours = got[name]
+        if ours.shape != reference.shape or ours.dtype != reference.dtype:
+            raise VerificationError(
+                f"output {name} is {ours.dtype}{list(ours.shape)}, expected {reference.dtype}{list(reference.shape)}"
+            )
+        error = relative_error(ours, reference)
+        limit = LIMITS.get(str(reference.dtype), 0.0)
+        if not error <= limit:
+            raise VerificationError(f"output {name} differs by {error:.3g} (RMS, relative), allowed is {limit:g}")
+        worst = max(worst, error)
+    return worst
+
+
+def relative_error(ours: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
+    """RMS of the difference over RMS of the reference; NaN and infinities must stand at the same places."""
+    a, b = (np.asarray(x, np.float64) for x in (ours, reference))
+    odd = ~np.isfinite(b)
+    if not np.array_equal(a[odd], b[odd], equal_nan=True):
+        return float("inf")
+    a, b = a[~odd], b[~odd]
+    if not b.size:
+        return 0.0
+    return float(np.sqrt(np.mean((a - b) ** 2)) / (np.sqrt(np.mean(b**2)) or 1.0))
+
+
+def compare_files(source: Path, target: Path, inputs: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """Run both files on the inputs and say how far they are apart. VerificationError where they differ, CannotVerify
+    where the source itself does not run here."""
+    try:
+        expected = run(source, inputs)
+    except CannotVerify:
+        raise
+    except Exception as error:
+        raise CannotVerify(f"the source file does not run on these inputs: {_first_line(error)}") from error
+    try:
+        got = run(target, inputs)
+    except Exception as error:
+        raise VerificationError(f"the rewritten file does not run: {_first_line(error)}") from error
+    return f"verified against the source, largest relative RMS difference {compare(got, expected):.1e}"
+
+
+def example_inputs(model: ir.Model, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+    """Random inputs that the model can take: indices within what they look up, masks with holes, floats from a normal
+    distribution. CannotVerify where a rank or dtype is not known."""
+    generator = np.random.default_rng(seed)
+    made = {}
+    for value in model.graph.inputs:
+        if value.name in model.graph.initializers:
+            continue
+        shape = dims(value)
+        if shape is None or value.dtype is None:
+            raise CannotVerify(f"the shape or type of input {value.name} is not known, give inputs=")
+        size = [dim if isinstance(dim, int) else SIZES.get(axis, 3) for axis, dim in enumerate(shape)]
+        made[str(value.name)] = _random(generator, value, size)
+    return made
+
+
+def _random(generator: np.random.Generator, value: ir.Value, size: Sequence[int]) -> np.ndarray[Any, Any]:
+    assert value.dtype is not None
+    dtype = value.dtype.numpy()
+    if np.issubdtype(dtype, np.floating) or value.dtype == ir.DataType.BFLOAT16:
+        return np.asarray(generator.standard_normal(size)).astype(dtype)
+    array = generator.integers(0, index_bound(value), size)
+    if array.ndim > 1:
+        array[..., 0] = 1  # so that a mask leaves something in each row
+    return np.asarray(array).astype(dtype)
+
+
+def index_bound(value: ir.Value, depth: int = 4) -> int:
+    """How many different numbers an integer input may hold: the smallest table it looks up, 2 where it looks up
+    none."""
+    bounds = [2**31]
+    for use in value.uses():
+        node = use.node
+        if node.op_type == "Gather" and use.idx == 1:
+            table = dims(node.inputs[0])
+            axis = node.attributes["axis"].value if "axis" in node.attributes else 0
+            if table is not None and isinstance(table[axis], int):
+                bounds.append(table[axis])
+        elif (
+            depth
+            and made_by(node.outputs[0], "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten")
+            and use.idx == 0
+        ):
+            bounds.append(index_bound(node.outputs[0], depth - 1))
+    smallest = min(bounds)
+    return smallest if smallest < 2**31 else 2
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

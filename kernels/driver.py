@@ -1,0 +1,191 @@
+"""Launching compiled kernels through the CUDA driver, by ctypes: no torch, no CuPy, no CUDA headers.
+
+torch and ONNX Runtime work in the device's primary context, and so do we: a module loaded here runs on either's stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from trimaran.kernels.compiler import Binary, compile_launch
+from trimaran.kernels.contract import Device
+from trimaran.kernels.plans import PlannedLaunch
+
+_CTYPES = {
+    "i32": ctypes.c_int32,
+    "i64": ctypes.c_int64,
+    "fp32": ctypes.c_float,
+}
+_DEVICE_ATTRIBUTES = {"sm_count": 16, "major": 75, "minor": 76, "shared_memory": 97}
+_MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6  # CUlaunchAttributeID
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint32 * 16)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
+class CudaError(RuntimeError):
+    """A call of the CUDA driver failed; the text says which and why."""
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CudaError(f"no CUDA driver on this machine: {error}") from error
+    status = library.cuInit(0)
+    if status:
+        raise CudaError(f"cuInit failed with CUresult {status}: no usable CUDA device")
+    return library
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a driver function; CudaError where it fails."""
+    library = _library()
+    status = getattr(library, name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        library.cuGetErrorString(status, ctypes.byref(text))
+        raise CudaError(f"{name}: {(text.value or b'unknown error').decode()} (CUresult {status})")
+
+
+@functools.cache
+def device(index: int) -> Device:
+    """What plans may know of the CUDA device `index`."""
+    handle, value = ctypes.c_int(), ctypes.c_int()
+    call("cuDeviceGet", ctypes.byref(handle), index)
+    facts = {}
+    for name, attribute in _DEVICE_ATTRIBUTES.items():
+        call("cuDeviceGetAttribute", ctypes.byref(value), attribute, handle)
+        facts[name] = value.value
+    capability = 10 * facts["major"] + facts["minor"]
+    return Device("cuda", index, capability, facts["sm_count"], facts["shared_memory"])
+
+
+@functools.cache
+def driver(index: int) -> Driver:
+    return Driver(index)
+
+
+class Driver:
+    """Executes launches on one CUDA device; see `execute.execute`. `driver(index)` gives the one of a device."""
+
+    def __init__(self, index: int) -> None:
+        self.device = device(index)
+        self._functions: weakref.WeakKeyDictionary[PlannedLaunch, _Function] = weakref.WeakKeyDictionary()
+        self._loaded: dict[int, tuple[Binary, int]] = {}
+        self._lock = threading.Lock()
+        self._context = _primary_context(index)
+
+    def launch(
+        self,
+        launch: PlannedLaunch,
+        grid: tuple[int, int, int],
+        arguments: list[Any],
+        stream: int,
+        allocate: Callable[[int], int],
+    ) -> None:
+        pushed = self._push()
+        try:
+            function = self._function(launch)
+            binary = function.binary
+            count = binary.global_scratch * grid[0] * grid[1] * grid[2] * binary.num_ctas
+            function(grid, [*arguments, allocate(count) if count else 0, 0], stream)
+        finally:
+            if pushed:
+                call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def zero(self, address: int, count: int, stream: int) -> None:
+        pushed = self._push()
+        try:
+            call("cuMemsetD8Async", ctypes.c_uint64(address), 0, ctypes.c_size_t(count), ctypes.c_void_p(stream))
+        finally:
+            if pushed:
+                call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def _push(self) -> bool:
+        """Make this device's context current, where a thread has none or that of another device; whether that was
+        needed."""
+        current = ctypes.c_void_p()
+        call("cuCtxGetCurrent", ctypes.byref(current))
+        if current.value == self._context.value:
+            return False
+        call("cuCtxPushCurrent_v2", self._context)
+        return True
+
+    def _function(self, launch: PlannedLaunch) -> _Function:
+        found = self._functions.get(launch)
+        if found is None:
+            with self._lock:
+                found = self._functions[launch] = self._load(launch)
+        return found
+
+    def _load(self, launch: PlannedLaunch) -> _Function:
+        binary = compile_launch(launch, self.device.capability)
+        if id(binary) not in self._loaded:
+            module, function = ctypes.c_void_p(), ctypes.c_void_p()
+            call("cuModuleLoadData", ctypes.byref(module), binary.cubin)
+            call("cuModuleGetFunction", ctypes.byref(function), module, binary.name.encode())
+            if binary.shared > 48 * 1024:
+                call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_MEMORY, binary.shared)
+            self._loaded[id(binary)] = (binary, function.value or 0)
+        types = [ctypes.c_uint64 if param.place else _CTYPES[param.type] for param in launch.params]
+        return _Function(self._loaded[id(binary)][1], binary, [*types, ctypes.c_uint64, ctypes.c_uint64])
+
+
+class _Function:
+    """One binary loaded on one device, with the C types of its parameters."""
+
+    def __init__(self, handle: int, binary: Binary, types: list[Any]) -> None:
+        self.handle, self.binary, self.types = handle, binary, types
+        attributes = []
+        if binary.launch_cooperative_grid:
+            attributes.append(_attribute(_COOPERATIVE, 1))
+        if binary.num_ctas > 1:
+            attributes.append(_attribute(_CLUSTER_DIMENSION, binary.num_ctas, 1, 1))
+        if binary.launch_pdl:
+            attributes.append(_attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1))
+        self.attributes = (_Attribute * len(attributes))(*attributes)
+
+    def __call__(self, grid: tuple[int, int, int], arguments: list[Any], stream: int) -> None:
+        values = [convert(argument) for convert, argument in zip(self.types, arguments, strict=True)]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        config = _Config(
+            grid=(grid[0] * self.binary.num_ctas, grid[1], grid[2]),
+            block=(self.binary.threads, 1, 1),
+            shared=self.binary.shared,
+            stream=stream,
+            attributes=self.attributes,
+            attribute_count=len(self.attributes),
+        )
+        call("cuLaunchKernelEx", ctypes.byref(config), ctypes.c_void_p(self.handle), pointers, None)
+
+
+def _primary_context(index: int) -> ctypes.c_void_p:
+    """The context that the CUDA runtime, and with it torch and ONNX Runtime, uses on the device."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    call("cuDeviceGet", ctypes.byref(handle), index)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+    return context
+
+
+def _attribute(identity: int, *values: int) -> _Attribute:
+    return _Attribute(id=identity, value=values)

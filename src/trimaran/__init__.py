@@ -1,0 +1,66 @@
+"""Trimaran: one hull of Triton kernels under PyTorch, ONNX Runtime and TensorRT.
+
+It optimizes PyTorch models in place and makes the attention and norm nodes of ONNX files the same kernels.
+
+    optimize_model(model)                     optimize in place; `report(model)` tells what was done, `restore` undoes
+    export_onnx(model, inputs, "model.onnx")  export a PyTorch model with trimaran's ops
+    rewrite_onnx("theirs.onnx", "ours.onnx")  rewrite any exporter's file
+    ort_session("ours.onnx")                  an ordinary InferenceSession with the ops registered
+    interpret()                               run the kernels' source on the CPU, to check it without a GPU
+
+Importing this module loads neither torch, onnx, onnxruntime nor triton; using a name loads what that name needs.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimaran.export.export_onnx import export_onnx as export_onnx
+    from trimaran.export.rewrite_onnx import rewrite_onnx as rewrite_onnx
+    from trimaran.kernels.interpreter import interpret as interpret
+    from trimaran.ort_ops.session import ort_session as ort_session
+    from trimaran.torch_path.optimize import optimize_model as optimize_model
+    from trimaran.torch_path.optimize import report as report
+    from trimaran.torch_path.optimize import restore as restore
+    from trimaran.torch_path.report import Report as Report
+
+    __version__: str
+
+_HOMES = {
+    "Report": "trimaran.torch_path.report",
+    "export_onnx": "trimaran.export.export_onnx",
+    "interpret": "trimaran.kernels.interpreter",
+    "optimize_model": "trimaran.torch_path.optimize",
+    "ort_session": "trimaran.ort_ops.session",
+    "report": "trimaran.torch_path.optimize",
+    "restore": "trimaran.torch_path.optimize",
+    "rewrite_onnx": "trimaran.export.rewrite_onnx",
+}
+
+
+def _resolve(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+if not TYPE_CHECKING:  # a type checker that saw it would take any misspelt name for an attribute
+    __getattr__ = _resolve
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, "__version__"})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("trimaran")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0+unknown"

@@ -1,0 +1,192 @@
+"""layer_norm: the kernel against fp64, interpreted on the CPU and compiled on a GPU."""
+
+import pytest
+import torch
+from oracle import assert_close, widened
+
+from trimaran.kernels.interpreter import interpret
+from trimaran.kernels.layer_norm import MAX_COLUMNS, layer_norm, layer_norm_reference
+from trimaran.torch_path import ops
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def unwritten_outputs_are_nan(monkeypatch):
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(ops.torch, "empty", poisoned)
+
+
+def run(*inputs, **attrs):
+    """The kernel's outputs, and a failure where it was the reference that answered."""
+    declined = []
+    token = ops.on_decline.set(lambda op, reason: declined.append(reason))
+    try:
+        with interpret():
+            result = torch.ops.trimaran.layer_norm(*inputs, **attrs)
+    finally:
+        ops.on_decline.reset(token)
+    assert not declined, declined
+    return result
+
+
+def tensors(device, dtype, shape, *, weight=True, bias=True, residual=False, magnitude=1.0):
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def make(*size, scale=1.0, shift=0.0):
+        return (torch.randn(*size, generator=generator) * scale + shift).to(device, dtype)
+
+    columns = shape[-1]
+    return (
+        make(*shape, scale=magnitude, shift=0.3 * magnitude),
+        make(columns) if weight else None,
+        make(columns) if bias else None,
+        make(*shape, scale=magnitude) if residual else None,
+    )
+
+
+def check(inputs, eps=1e-5, return_sum=False):
+    got, summed = run(*inputs, eps=eps, return_sum=return_sum)
+    peer, peer_sum = layer_norm_reference(*inputs, eps=eps)
+    total = inputs[0] if peer_sum is None else peer_sum  # the norm is of the sum as the model rounds it
+    exact, _ = layer_norm_reference(*map(widened, (total, *inputs[1:3])), None, eps=eps)
+    assert_close(got, exact, peer)
+    assert (summed is not None) == return_sum
+    if return_sum:
+        assert torch.equal(summed, peer_sum)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 3, 16, 100, 384, 1000])
+def test_rows_of_any_length(device, dtype, columns):
+    check(tensors(device, dtype, (5, columns)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("return_sum", [False, True])
+def test_residual(device, dtype, return_sum):
+    check(tensors(device, dtype, (2, 3, 100), residual=True), return_sum=return_sum)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("weight", "bias"), [(False, False), (True, False), (False, True)])
+def test_without_weight_or_bias(device, weight, bias):
+    check(tensors(device, torch.float32, (4, 48), weight=weight, bias=bias))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_elements_have_pytorchs_own_error(device, dtype):
+    check(tensors(device, dtype, (300, 384), residual=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_values_far_from_zero(device):
+    check(tensors(device, torch.float32, (64, 256), magnitude=1e4))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 1.0])
+def test_eps_is_the_models_own(device, eps):
+    x, *rest = tensors(device, torch.float32, (3, 32))
+    check((x * 1e-4, *rest), eps=eps)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 8), (7,), (1, 1, 1, 5)])
+def test_empty_and_odd_ranks(device, shape):
+    inputs = tensors(device, torch.float32, shape)
+    got, _ = run(*inputs, eps=1e-5)
+    assert got.shape == shape
+    assert torch.equal(got, torch.nn.functional.layer_norm(*inputs[:1], shape[-1:], *inputs[1:3])) or got.numel()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_anywhere_in_memory(device):
+    x, weight, bias, residual = tensors(device, torch.float32, (2, 3, 64), residual=True)
+    wide = torch.zeros(2, 3, 100, device=device)
+    wide[..., 7:71] = x  # evenly spaced, and not aligned to 16 bytes
+    check((wide[..., 7:71], weight, bias, residual))
+    check((x[:, 1:2].expand(2, 3, 64)[:, :1], weight, bias, None))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_do_not_step_evenly_are_declined(device):
+    x = torch.randn(4, 6, 8, device=device)[:, ::2][::2]
+    declined = []
+    token = ops.on_decline.set(lambda op, reason: declined.append((op, reason)))
+    with interpret():
+        got, _ = torch.ops.trimaran.layer_norm(x[:, :2], eps=1e-5)
+    ops.on_decline.reset(token)
+    assert declined == [("layer_norm", "the rows of x are not evenly spaced")]
+    assert torch.equal(got, torch.nn.functional.layer_norm(x[:, :2], (8,)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_stays_in_its_row(device):
+    x, *rest = tensors(device, torch.float32, (4, 20))
+    x[1, 3] = float("nan")
+    got, _ = run(x, *rest, eps=1e-5)
+    assert got[1].isnan().all()
+    assert not got[[0, 2, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_same_input_same_bits(device):
+    inputs = tensors(device, torch.float16, (16, 384))
+    first, _ = run(*inputs, eps=1e-5)
+    assert all(torch.equal(run(*inputs, eps=1e-5)[0], first) for _ in range(3))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    x = torch.randn(2**22 + 3, 512, device="cuda", dtype=torch.float16)  # 2**31 elements and more
+    got, _ = run(x, None, None, None, eps=1e-5)
+    exact = torch.nn.functional.layer_norm(x[-3:].double(), (512,))
+    assert_close(got[-3:], exact, torch.nn.functional.layer_norm(x[-3:], (512,)))
+
+
+def test_rows_too_long_for_registers_are_declined():
+    x = torch.randn(1, MAX_COLUMNS + 1)
+    with pytest.raises(AssertionError, match="rows of more than 65536 elements"):
+        run(x, eps=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.tensor(1.0)}, ValueError, "x is a scalar"),
+        ({"weight": torch.ones(5)}, ValueError, r"weight has shape \[5\], expected \[N\] = \[8\]"),
+        ({"bias": torch.ones(2, 4)}, ValueError, r"bias has shape \[2, 4\]"),
+        (
+            {"residual": torch.ones(1, 8)},
+            ValueError,
+            r"residual has shape \[1, 8\], expected the shape of x = \[2, 8\]",
+        ),
+        ({"weight": torch.ones(8).half()}, TypeError, "weight is float16, expected float32 as x is"),
+        ({"x": torch.ones(2, 8).double()}, TypeError, "x is float64, expected float32 or float16 or bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_bad_inputs_are_named(change, error, message, interpreted):
+    inputs = {"x": torch.ones(2, 8), "weight": torch.ones(8), "bias": None, "residual": None, **change}
+    with interpret(interpreted), pytest.raises(error, match=message):
+        torch.ops.trimaran.layer_norm(*inputs.values(), eps=1e-5)
+
+
+def test_the_sum_needs_a_residual():
+    with interpret(), pytest.raises(ValueError, match="output sum is asked for"):
+        torch.ops.trimaran.layer_norm(torch.ones(2, 8), eps=1e-5, return_sum=True)
+
+
+def test_the_declaration_is_complete():
+    assert [port.name for port in layer_norm.inputs] == ["x", "weight", "bias", "residual"]
+    assert torch.ops.trimaran.layer_norm.default._schema.arguments[-1].name == "return_sum"

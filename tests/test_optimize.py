@@ -1,0 +1,489 @@
+"""optimize_model: what is replaced, that it is as right as before, and that it can be taken back."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+
+import trimaran
+from trimaran.kernels.interpreter import interpret
+from trimaran.torch_path import ops
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def bert(**options):
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": 50,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 64,
+    }
+    return BertModel(BertConfig(**config, **options)).eval()
+
+
+def batch(size=3, length=9, device="cpu", pad=True):
+    generator = torch.Generator().manual_seed(size * 100 + length)
+    ids = torch.randint(0, 50, (size, length), generator=generator)
+    lengths = torch.arange(size)[:, None] * 2 if pad else 0
+    mask = (torch.arange(length) < length - lengths).long().expand(size, length)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def hidden(model, inputs):
+    return model(**inputs).last_hidden_state
+
+
+def assert_as_right(model, inputs, **limits):
+    """The optimized model is as near to fp64 as the eager one."""
+    with torch.no_grad():
+        exact = hidden(copy.deepcopy(model).double(), inputs)
+        with trimaran.torch_path.optimize.untouched(model):
+            eager = hidden(model, inputs)
+    ours = hidden(model, inputs)
+    limit = 3 * (eager - exact).abs().max().item() + 2.0**-20
+    assert (ours - exact).abs().max().item() <= limit
+    return ours
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("interpreted", [False, True])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("pad", [False, True])
+def test_bert(device, interpreted, size, pad):
+    model = bert().to(device)
+    report = trimaran.optimize_model(model)
+    inputs = batch(size, device=device, pad=pad)
+    with interpret(interpreted):
+        assert_as_right(model, inputs)
+        assert_as_right(model, {"input_ids": inputs["input_ids"]})
+    assert report.replaced == {"layer_norm": 5, "attention": 2}
+    assert not report.near_misses
+    assert not report.fallbacks
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_lengths_that_were_not_traced(device):
+    model = bert().to(device)
+    report = trimaran.optimize_model(model)
+    for length in (4, 9, 5, 17, 30, 2):
+        assert_as_right(model, batch(2, length, device))
+        assert_as_right(model, batch(3, length, device))
+    assert all(graph.replaced == {"layer_norm": 5, "attention": 2} for graph in report.graphs)
+    assert len(report.graphs) <= 4, "dynamic sizes share a graph"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    model = bert().to(dtype)
+    report = trimaran.optimize_model(model)
+    inputs = batch()
+    with torch.no_grad():
+        exact = hidden(copy.deepcopy(model).double(), inputs)
+        eager = model._call_impl(**inputs).last_hidden_state
+    ours = hidden(model, inputs)
+    assert ours.dtype == dtype
+    assert (ours - exact).abs().max() <= 3 * (eager - exact).abs().max()
+    assert report.replaced == {"layer_norm": 5, "attention": 2}
+
+
+def test_causal_model():
+    torch.manual_seed(0)
+    model = GPT2Model(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    report = trimaran.optimize_model(model)
+    inputs = {**batch(2, 7), "use_cache": False}
+    assert_as_right(model, inputs)
+    assert_as_right(model, {"input_ids": inputs["input_ids"], "use_cache": False})
+    assert report.replaced == {"layer_norm": 5, "attention": 2}
+
+
+class Block(nn.Module):
+    """A pre-norm block with everything that the attention rule distinguishes."""
+
+    def __init__(self, mask=None, kv_heads=4, causal=False, scale=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm1, self.norm2 = nn.LayerNorm(32, eps=1e-3), nn.LayerNorm(32)
+        self.q, self.kv, self.out = nn.Linear(32, 32), nn.Linear(32, 2 * 8 * kv_heads), nn.Linear(32, 32)
+        self.mask, self.kv_heads, self.causal, self.scale = mask, kv_heads, causal, scale
+
+    def forward(self, x):
+        y = self.norm1(x)
+        q = self.q(y).unflatten(-1, (4, 8)).transpose(1, 2)
+        k, v = (t.unflatten(-1, (self.kv_heads, 8)).transpose(1, 2) for t in self.kv(y).chunk(2, dim=-1))
+        mask = self.mask(x) if self.mask is not None else None
+        a = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=self.causal, scale=self.scale, enable_gqa=self.kv_heads != 4
+        )
+        x = x + self.out(a.transpose(1, 2).flatten(2))
+        return x + self.norm2(x)
+
+
+def positions(x):
+    return torch.arange(x.shape[1], device=x.device)
+
+
+MASKS = {
+    "none": None,
+    "float": lambda x: torch.sin(positions(x)[None, None, :, None] * positions(x) * 1.0).expand(x.shape[0], 1, -1, -1),
+    "bool, over positions": lambda x: (positions(x)[:, None] + positions(x)) % 3 != 1,
+    "causal": lambda x: positions(x) <= positions(x)[:, None],
+    "causal from the other side": lambda x: positions(x)[:, None] >= positions(x),
+    "not causal": lambda x: positions(x) >= positions(x)[:, None],
+    "shifted": lambda x: positions(x) <= positions(x)[:, None] + 1,
+    "keys": lambda x: (x[:, :, 0] > -0.5)[:, None, None, :],
+    "keys and causal": lambda x: (
+        (x[:, :, 0] > -0.5)[:, None, None] & (positions(x) <= positions(x)[:, None])[None, None]
+    ),
+    "keys twice": lambda x: (x[:, :, 0] > -0.5)[:, None, None] & (x[:, :, 1] > -0.5)[:, None, None],
+    "nothing": lambda x: torch.zeros(x.shape[0], 1, 1, x.shape[1], dtype=torch.bool, device=x.device),
+}
+
+
+def expected_form(name):
+    """Which of the op's inputs the mask must have become."""
+    return {
+        "none": (),
+        "causal": ("causal",),
+        "causal from the other side": ("causal",),
+        "keys": ("key_lengths", "key_mask"),
+        "keys and causal": ("key_lengths", "key_mask", "causal"),
+        "keys twice": ("key_lengths", "key_mask"),
+        "nothing": ("key_lengths", "key_mask"),
+    }.get(name, ("bias",))
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_masks_become_what_they_say(name, size, monkeypatch):
+    seen = []
+    compute = ops.TORCH_OPS["attention"].arguments
+
+    def record(args, kwargs):
+        inputs, attrs, wanted = compute(args, dict(kwargs))
+        named = zip(("q", "k", "v", "bias", "key_lengths", "key_mask"), inputs, strict=True)
+        seen.append(
+            (*(key for key, value in named if value is not None and key not in "qkv"), *(["causal"] * attrs.causal))
+        )
+        return inputs, attrs, wanted
+
+    model = Block(MASKS[name]).eval()
+    x = torch.randn(size, 6, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        eager = model(x)
+    report = trimaran.optimize_model(model)
+    model(x)
+    monkeypatch.setattr(ops.TORCH_OPS["attention"], "arguments", record)
+    ours = model(x)
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+    assert report.replaced == {"layer_norm": 2, "attention": 1}, report
+    assert seen == [expected_form(name)]
+
+
+@pytest.mark.parametrize(("kv_heads", "causal", "scale"), [(2, False, None), (1, True, 0.3), (4, True, None)])
+def test_grouped_heads_causality_and_scale(kv_heads, causal, scale):
+    model = Block(kv_heads=kv_heads, causal=causal, scale=scale).eval()
+    x = torch.randn(2, 6, 32)
+    with torch.no_grad():
+        eager = model(x)
+    report = trimaran.optimize_model(model)
+    torch.testing.assert_close(model(x), eager, rtol=1e-5, atol=1e-5)
+    assert report.replaced == {"layer_norm": 2, "attention": 1}
+
+
+class Refused(nn.Module):
+    """Things that look like the fusions and are none."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.case = case
+        self.norm = nn.LayerNorm((4, 8))
+
+    def forward(self, x):
+        attend = nn.functional.scaled_dot_product_attention
+        match self.case:
+            case "norm of two dimensions":
+                return self.norm(x)
+            case "double":
+                return nn.functional.layer_norm(x.double(), (8,)).float()
+            case "half with a float weight":
+                return nn.functional.layer_norm(x.bfloat16(), (8,), torch.ones(8).bfloat16(), None) + attend(
+                    *[x.double()] * 3
+                )
+            case "dropout":
+                return attend(x, x, x, dropout_p=1.0)
+            case "three dimensions":
+                return attend(x[0], x[0], x[0])
+            case "value head":
+                return attend(x, x, torch.cat([x, x], -1))
+            case "causal from the start":
+                return attend(x, x[:, :, :2], x[:, :, :2], is_causal=True)
+            case "written out":
+                return torch.softmax(x @ x.transpose(-1, -2), dim=-1) @ x
+        raise AssertionError(self.case)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("norm of two dimensions", "it normalizes the last 2 dimensions"),
+        ("double", "x is float64"),
+        ("half with a float weight", "q is float64"),
+        ("dropout", "it drops out attention weights with probability 1.0"),
+        ("three dimensions", r"q has 3 dimensions, expected \[B, H, S, D\]"),
+        ("value head", "v has a head dimension of 16, q and k of 8"),
+        ("causal from the start", "is_causal with different numbers of queries and keys"),
+        ("written out", "attention written out around a softmax is not recognized yet"),
+    ],
+)
+def test_what_is_no_fusion_is_left_with_the_reason(case, reason):
+    model = Refused(case).eval()
+    x = torch.randn(2, 3, 4, 8)
+    with torch.no_grad():
+        eager = model(x)
+    report = trimaran.optimize_model(model)
+    torch.testing.assert_close(model(x), eager)
+    assert len(report.near_misses) == 1
+    assert re.search(reason, report.near_misses[0].reason)
+    assert "test_optimize.py" in report.near_misses[0].source
+    assert report.near_misses[0].reason in str(report)
+
+
+class Residuals(nn.Module):
+    def __init__(self, case):
+        super().__init__()
+        self.case, self.norm = case, nn.LayerNorm(8)
+
+    def forward(self, a, b):
+        match self.case:
+            case "plain":
+                return self.norm(a + b)
+            case "sum used again":
+                s = a + b
+                return self.norm(s) + s
+            case "sum returned":
+                s = a + b
+                return self.norm(s), s
+            case "broadcast":
+                return self.norm(a + b[0])
+            case "scaled":
+                return self.norm(torch.add(a, b, alpha=2))
+            case "sum used before":
+                s = a + b
+                t = s.relu()
+                return self.norm(s) + t
+            case "written in between":
+                s = a.relu() + b
+                t = s * 2
+                s.mul_(t)
+                return self.norm(s)
+            case "other dtype":
+                return self.norm(a + b.half())
+        raise AssertionError(self.case)
+
+
+@pytest.mark.parametrize(
+    ("case", "fused"),
+    [
+        ("plain", True),
+        ("sum used again", True),
+        ("sum returned", True),
+        ("broadcast", False),
+        ("scaled", False),
+        ("sum used before", False),
+        ("written in between", False),
+        ("other dtype", False),
+    ],
+)
+def test_residual_additions(case, fused, monkeypatch):
+    residuals = []
+    arguments = ops.TORCH_OPS["layer_norm"].arguments
+
+    def record(args, kwargs):
+        found = arguments(args, kwargs)
+        residuals.append(found[0][3] is not None)
+        return found
+
+    model = Residuals(case).eval()
+    a, b = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    with torch.no_grad():
+        eager = model(a.clone(), b)
+    trimaran.optimize_model(model)
+    model(a.clone(), b)
+    monkeypatch.setattr(ops.TORCH_OPS["layer_norm"], "arguments", record)
+    torch.testing.assert_close(model(a.clone(), b), eager)
+    assert residuals == [fused]
+
+
+def test_restore_gives_the_same_bits_again():
+    model, inputs = bert(), batch()
+    before_keys = {**model.__dict__}
+    with torch.no_grad():
+        before = hidden(model, inputs)
+        trimaran.optimize_model(model)
+        hidden(model, inputs)
+        trimaran.restore(model)
+        assert torch.equal(hidden(model, inputs), before)
+    assert model.__dict__.keys() == before_keys.keys()
+    with pytest.raises(ValueError, match="is not optimized"):
+        trimaran.report(model)
+
+
+def test_optimizing_twice_is_optimizing_once():
+    model = bert()
+    report = trimaran.optimize_model(model)
+    hidden(model, batch())
+    assert trimaran.optimize_model(model) is report is trimaran.report(model)
+    assert len(report.graphs) == 1
+
+
+def test_the_report_is_live_and_readable():
+    model = bert()
+    report = trimaran.optimize_model(model)
+    assert "not captured yet" in str(report)
+    hidden(model, batch())
+    assert str(report) == "BertModel: replaced 2 attention, 5 layer_norm; 1 graph captured"
+
+
+def test_weights_are_read_at_every_call():
+    model, inputs = bert(), batch()
+    trimaran.optimize_model(model)
+    hidden(model, inputs)
+    with torch.no_grad():
+        model.encoder.layer[0].attention.output.LayerNorm.weight.data += 0.5
+        model.encoder.layer[1].attention.self.query.weight.mul_(1.5)
+        model.load_state_dict({k: v * 1.01 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+        expected = model._call_impl(**inputs).last_hidden_state
+    torch.testing.assert_close(hidden(model, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_state_dict_copies_and_pickles_are_the_plain_models():
+    model, inputs = bert(), batch()
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        plain = hidden(model, inputs)
+    trimaran.optimize_model(model)
+    hidden(model, inputs)
+    assert list(model.state_dict()) == keys
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            assert torch.equal(hidden(other, inputs), plain)
+            other.embeddings.LayerNorm.bias.add_(1)
+            assert not torch.equal(hidden(other, inputs), plain)
+    torch.testing.assert_close(hidden(model, inputs), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_training_runs_the_untouched_model():
+    model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    report = trimaran.optimize_model(model)
+    model.train()
+    hidden(model, batch()).sum().backward()
+    assert model.embeddings.LayerNorm.weight.grad is not None
+    assert report.fallbacks == {"the model is in training mode": 1}
+    model.eval()
+    assert not hidden(model, batch()).requires_grad
+    assert "without the kernels, 1 times: the model is in training mode" in str(report)
+
+
+def test_inputs_that_require_a_gradient_run_the_untouched_model():
+    model = Block().eval()
+    report = trimaran.optimize_model(model)
+    x = torch.randn(2, 6, 32, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert report.fallbacks == {"an input requires a gradient": 1}
+
+
+def test_hooks_run():
+    model, seen = bert(), []
+    model.register_forward_hook(lambda *_: seen.append(True))
+    trimaran.optimize_model(model)
+    hidden(model, batch())
+    assert seen == [True]
+
+
+class Convolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_a_model_without_any_of_it_runs_as_before():
+    model, x = Convolution().eval(), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        before = model(x)
+    report = trimaran.optimize_model(model)
+    torch.testing.assert_close(model(x), before)
+    assert str(report) == "Convolution: replaced nothing; 1 graph captured"
+
+
+@pytest.mark.parametrize("verb", ["optimize_model", "restore", "report"])
+@pytest.mark.parametrize("wrong", [None, "bert-base", BertModel])
+def test_only_modules_are_models(verb, wrong):
+    with pytest.raises(TypeError, match=r"model is a \w+, expected a torch.nn.Module"):
+        getattr(trimaran, verb)(wrong)
+
+
+def test_a_compiled_model_is_refused_and_left_alone():
+    model = bert()
+    model.compile(backend="eager")
+    before = model._compiled_call_impl
+    with pytest.raises(ValueError, match="model is compiled"):
+        trimaran.optimize_model(model)
+    assert model._compiled_call_impl is before
+
+
+def test_restore_wants_an_optimized_model():
+    with pytest.raises(ValueError, match=r"model \(BertModel\) is not optimized"):
+        trimaran.restore(bert())
+
+
+def test_an_attention_whose_shapes_disagree_is_the_models_own_error():
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x[..., :4], x)
+
+    model = Wrong().eval()
+    trimaran.optimize_model(model)
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        model(torch.randn(1, 2, 3, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_are_really_launched(dtype):
+    model = bert().to("cuda", dtype)
+    trimaran.optimize_model(model)
+    inputs = batch(device="cuda")
+    hidden(model, inputs)
+    with torch.profiler.profile() as profile:
+        hidden(model, inputs)
+    names = [event.name for event in profile.events()]
+    assert names.count("attention_kernel") == 2
+    assert names.count("layer_norm_kernel") == 5
+
+
+@pytest.mark.gpu
+def test_an_old_gpu_gets_the_reference_and_the_report_says_so(monkeypatch):
+    from trimaran.kernels import driver
+    from trimaran.kernels.contract import Device
+
+    model = bert().cuda()
+    report = trimaran.optimize_model(model)
+    monkeypatch.setattr(driver.driver(0), "device", Device("cuda", 0, 75, 40, 65536))
+    hidden(model, batch(device="cuda"))
+    assert report.fallbacks["attention: attention needs a GPU of compute capability 8.0, this one has 7.5"] == 2

@@ -1,0 +1,25 @@
+"""The README's examples run as they stand."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_are_two_examples_of_six_lines():
+    assert [len(re.findall(r"^\S", example, re.MULTILINE)) for example in EXAMPLES] == [6, 6]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["pytorch", "onnxruntime"])
+def test_example(example, tmp_path):
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    promised = re.findall(r"print\(.*\)  # (.*)", example)
+    assert promised
+    for line in promised:
+        assert line in done.stdout

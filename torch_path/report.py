@@ -1,0 +1,62 @@
+"""What `optimize_model` did: live, readable, and honest about what it did not do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place that looked like a fusion: the rule, the graph's node, why it was left, where the user wrote it."""
+
+    rule: str
+    node: str
+    reason: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.rule} at {self.node}: {self.reason}" + (f"\n      {self.source}" if self.source else "")
+
+
+@dataclass
+class GraphReport:
+    """One captured graph."""
+
+    replaced: Counter[str] = field(default_factory=Counter)
+    near_misses: list[NearMiss] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """Of one optimized model; empty until its first call, then kept up to date.
+
+    graphs: one entry per capture (a new kind of input may cause another). fallbacks: how often, and why, a call or an
+    op ran without the kernels.
+    """
+
+    model: str
+    graphs: list[GraphReport] = field(default_factory=list)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def replaced(self) -> Counter[str]:
+        """Ops replaced in the newest graph, by name."""
+        return self.graphs[-1].replaced if self.graphs else Counter()
+
+    @property
+    def near_misses(self) -> list[NearMiss]:
+        """What the rules left alone in the newest graph."""
+        return self.graphs[-1].near_misses if self.graphs else []
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            lines = [f"{self.model}: not captured yet (call the model once)"]
+        else:
+            counts = ", ".join(f"{count} {name}" for name, count in sorted(self.replaced.items())) or "nothing"
+            lines = [
+                f"{self.model}: replaced {counts}; {len(self.graphs)} graph{'s' * (len(self.graphs) != 1)} captured"
+            ]
+        lines += [f"  left alone: {miss}" for miss in self.near_misses]
+        lines += [f"  without the kernels, {count} times: {reason}" for reason, count in self.fallbacks.items()]
+        return "\n".join(lines)
