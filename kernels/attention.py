@@ -8,8 +8,10 @@ Layouts, by `num_heads`:
     H, k and v absent: q is packed [B, S, (H + 2 Hkv)*D], that is q, k and v side by side
 Hkv divides H: query head h reads key head h // (H / Hkv). D is at most 256. fp32, fp16 or bf16, accumulated in fp32.
 
-A key is masked by any of: `key_lengths` [B] int32 (keys from there on), `key_mask` [B, Sk] bool (where False), `causal`
-(query i sees keys up to i + Sk - Sq), a `bias` of -inf. K and V of keys masked by length or key_mask may hold NaN.
+With a `softcap` c > 0 the scaled scores become c * tanh(scores / c) before the bias. A key is masked by any of:
+`key_lengths` [B] int32 (keys from there on), `key_mask` [B, Sk] bool (where False), a sliding window (query i stands at
+key i + Sk - Sq and sees `window_left` keys before and `window_right` after that one; -1: all), `causal`, which is a
+`window_right` of 0, a `bias` of -inf. K and V of keys masked by length or key_mask may hold NaN.
 `bias` [1|B, 1|H, 1|Sq, Sk] is added to the scaled scores. A query without any key gives zero (`masked_row="zero"`, what
 torch does with bool masks) or the mean of v over all keys (`"mean"`, what adding finfo.min to every score comes to).
 Source: Dao, "FlashAttention-2", 2023; torch.nn.functional.scaled_dot_product_attention.
@@ -26,6 +28,8 @@ import triton.language as tl
 
 from trimaran.kernels.configs import Row, lookup
 from trimaran.kernels.contract import (
+    ALIGNMENT,
+    ITEMSIZE,
     Attr,
     Decline,
     Device,
@@ -42,6 +46,124 @@ from trimaran.kernels.sizes import cdiv, differ, known, power_of_2
 
 MAX_HEAD_DIM = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e38)  # a bias below it hides a key; times log2(e) it could become -inf, which means more
+
+
+@triton.jit
+def attend(
+    acc,  # [BLOCK_M, BLOCK_D] fp32: the sum of p * v so far, p = exp2(score - top)
+    total,  # [BLOCK_M]: the sum of p so far
+    top,  # [BLOCK_M]: the largest score so far; scores are in units of log2
+    q,  # [BLOCK_M, BLOCK_D]
+    k_ptr,  # [keys, HEAD_DIM], or its descriptor
+    v_ptr,
+    bias_ptr,  # [queries, keys] or None
+    bias_blocks,  # its descriptor, or None
+    key_mask_ptr,  # [keys] bool or None
+    stride_kn,
+    stride_vn,
+    stride_biasm,
+    stride_biasn,
+    stride_maskn,
+    start,  # keys start .. end are visited
+    end,
+    length,  # keys from there on are masked
+    m,  # [BLOCK_M]: query positions
+    queries,
+    shift,  # the key position that query 0 stands at
+    scale,  # times log2(e), but for a soft cap
+    cap,  # the soft cap
+    left,  # a query sees that many keys before its own position
+    right,  # and that many after it
+    EDGE: tl.constexpr,  # some of these keys may be masked; else all are visible to every query of the block
+    DESCRIPTORS: tl.constexpr,
+    FOLD: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One pass of the online softmax over some keys."""
+    d = tl.arange(0, BLOCK_D)
+    in_head = d < HEAD_DIM
+    for at in range(start, end, BLOCK_N):
+        n = at + tl.arange(0, BLOCK_N)  # key positions
+        column = n.to(tl.int64)
+        valid = n < length
+        if EDGE:
+            if key_mask_ptr is not None:
+                valid = valid & tl.load(key_mask_ptr + column * stride_maskn, mask=valid, other=0).to(tl.int1)
+        if DESCRIPTORS:
+            k = k_ptr.load([at, 0]).T
+        else:
+            k_at = k_ptr + column[None, :] * stride_kn + d[:, None]
+            if EDGE:
+                k = tl.load(k_at, mask=valid[None, :] & in_head[:, None], other=0.0)
+            elif HEAD_DIM == BLOCK_D:
+                k = tl.load(k_at)
+            else:
+                k = tl.load(k_at, mask=in_head[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee")
+        if not FOLD:
+            scores = scores * scale
+        if SOFT_CAP:
+            scores = (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E)) + 1.0)) * (cap * LOG2_E)  # cap * tanh(scores)
+        if bias_ptr is not None:
+            bias_at = bias_ptr + m.to(tl.int64)[:, None] * stride_biasm + column[None, :] * stride_biasn
+            if EDGE:
+                bias = tl.load(bias_at, mask=(m < queries)[:, None] & valid[None, :], other=0.0)
+            elif bias_blocks is not None:
+                bias = bias_blocks.load([tl.min(m, axis=0), at])
+            else:
+                bias = tl.load(bias_at, mask=(m < queries)[:, None], other=0.0)
+            bias = bias.to(tl.float32)
+            scores += tl.where(bias < LOWEST, bias, bias * LOG2_E)  # finfo.min must stay finite
+        if EDGE:
+            scores = tl.where(valid[None, :], scores, float("-inf"))
+            if RIGHT:
+                scores = tl.where(n[None, :] <= m[:, None] + (shift + right), scores, float("-inf"))
+            if LEFT:
+                scores = tl.where(n[None, :] >= m[:, None] + (shift - left), scores, float("-inf"))
+        highest = tl.max(scores, axis=1)
+        if FOLD:
+            highest = highest * scale
+        higher = tl.maximum(top, highest)
+        finite = higher
+        if EDGE or bias_ptr is not None:  # -inf - -inf would be NaN
+            finite = tl.where(higher == float("-inf"), 0.0, higher)
+        if FOLD:  # one fused multiply-add an element
+            p = tl.exp2(scores * scale - finite[:, None])
+        else:
+            p = tl.exp2(scores - finite[:, None])
+        shrink = tl.exp2(top - finite)
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = acc * shrink[:, None]
+        if DESCRIPTORS:
+            v = v_ptr.load([at, 0])
+        else:
+            v_at = v_ptr + column[:, None] * stride_vn + d[None, :]
+            if EDGE:  # what is masked may be NaN
+                v = tl.load(v_at, mask=valid[:, None] & in_head[None, :], other=0.0)
+            elif HEAD_DIM == BLOCK_D:
+                v = tl.load(v_at)
+            else:
+                v = tl.load(v_at, mask=in_head[None, :], other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        top = higher
+    return acc, total, top
+
+
+@triton.jit
+def first_hole(key_mask_ptr, stride_maskn, length, CHUNK: tl.constexpr):
+    """The first key that key_mask [keys] hides, at most length."""
+    hole = length
+    for at in range(0, length, CHUNK):
+        n = at + tl.arange(0, CHUNK)
+        seen = tl.load(key_mask_ptr + n.to(tl.int64) * stride_maskn, mask=n < length, other=1).to(tl.int1)
+        hole = tl.minimum(hole, tl.min(tl.where(seen, length, n), axis=0))
+    return hole
 
 
 @triton.jit
@@ -72,32 +194,44 @@ def attention_kernel(
     stride_ob,
     stride_oh,
     stride_om,
+    batches,  # B
     heads,  # H
     group,  # query heads that share a key head
     queries,  # Sq
     keys,  # Sk
     scale,
-    CAUSAL: tl.constexpr,
+    cap,
+    left,
+    right,
+    SOFT_CAP: tl.constexpr,  # cap is given
+    LEFT: tl.constexpr,  # left is given
+    RIGHT: tl.constexpr,  # right is given
     MEAN: tl.constexpr,  # masked_row == "mean"
+    DESCRIPTORS: tl.constexpr,  # read blocks of k and v that nothing masks by tensor descriptors
+    BIAS_DESCRIPTOR: tl.constexpr,  # and those of the bias
+    FOLD: tl.constexpr,  # multiply by the scale, which is positive, after the maximum is taken
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,  # power of two, at least HEAD_DIM
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # One program per block of BLOCK_M queries of one head: grid = (cdiv(queries, BLOCK_M) * heads * B,), the blocks of
-    # a head next to each other, so that they find its keys in the cache.
+    # One program per block of BLOCK_M queries of one head: grid = (cdiv(queries, BLOCK_M) * heads * B,). The blocks of
+    # a head stand next to each other, so that they find its keys in the cache; with a bias, which all batches may
+    # share, the batches do. The last block, which sees most under causality, goes first.
     blocks = tl.cdiv(queries, BLOCK_M)
-    block = tl.program_id(0) % blocks
-    head = (tl.program_id(0) // blocks % heads).to(tl.int64)
-    batch = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    if bias_ptr is not None:
+        batch = (tl.program_id(0) % batches).to(tl.int64)
+        block = blocks - 1 - tl.program_id(0) // batches % blocks
+        head = (tl.program_id(0) // batches // blocks).to(tl.int64)
+        bias_ptr += batch * stride_biasb + head * stride_biash
+    else:
+        block = blocks - 1 - tl.program_id(0) % blocks
+        head = (tl.program_id(0) // blocks % heads).to(tl.int64)
+        batch = (tl.program_id(0) // blocks // heads).to(tl.int64)
     q_ptr += batch * stride_qb + head * stride_qh
     k_ptr += batch * stride_kb + head // group * stride_kh
     v_ptr += batch * stride_vb + head // group * stride_vh
     out_ptr += batch * stride_ob + head * stride_oh
-    if bias_ptr is not None:
-        bias_ptr += batch * stride_biasb + head * stride_biash
-    if key_mask_ptr is not None:
-        key_mask_ptr += batch * stride_maskb
 
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # query positions
     d = tl.arange(0, BLOCK_D)
@@ -105,49 +239,65 @@ def attention_kernel(
     row = m.to(tl.int64)[:, None]
     q_mask = (m < queries)[:, None] & in_head[None, :]
     q = tl.load(q_ptr + row * stride_qm + d[None, :], mask=q_mask, other=0.0)
+    if not SOFT_CAP:
+        scale = scale * LOG2_E
 
+    # Keys start .. end are visited. Of them, full_start .. full_end are seen by every query of the block: whole blocks
+    # of keys that need no mask, between edges that do.
+    shift = keys - queries
     length = keys
     if key_lengths_ptr is not None:
         length = tl.minimum(tl.maximum(tl.load(key_lengths_ptr + batch * stride_lengths), 0), keys)
-    end = length
-    if CAUSAL:  # keys that no query of this block sees are not visited
-        end = tl.minimum(length, (block + 1) * BLOCK_M + keys - queries)
+    start, end = 0, length
+    full_start, full_end = 0, length
+    if key_mask_ptr is not None:
+        key_mask_ptr += batch * stride_maskb
+        full_end = first_hole(key_mask_ptr, stride_maskn, length, 1024)
+    if RIGHT:
+        end = tl.minimum(end, block * BLOCK_M + BLOCK_M + shift + right)
+        full_end = tl.minimum(full_end, block * BLOCK_M + 1 + shift + right)
+    if LEFT:
+        start = tl.maximum(block * BLOCK_M + shift - left, 0) // BLOCK_N * BLOCK_N
+        last = tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1
+        full_start = tl.cdiv(tl.maximum(last + shift - left, 0), BLOCK_N) * BLOCK_N
+    full_end = tl.maximum(full_end, full_start) // BLOCK_N * BLOCK_N
+    full_end = tl.maximum(full_end, full_start)
 
-    # Online softmax: `top` is the largest score so far, `total` the sum of exp(score - top), `acc` the weighted sum of
-    # v.
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)  # key positions
-        column = n.to(tl.int64)
-        valid = n < length
-        k = tl.load(k_ptr + column[None, :] * stride_kn + d[:, None], mask=valid[None, :] & in_head[:, None], other=0.0)
-        if key_mask_ptr is not None:
-            valid = valid & tl.load(key_mask_ptr + column * stride_maskn, mask=valid, other=0).to(tl.int1)
-        scores = tl.dot(q, k, input_precision="ieee") * scale
-        if bias_ptr is not None:
-            bias_at = bias_ptr + row * stride_biasm + column[None, :] * stride_biasn
-            scores += tl.load(bias_at, mask=(m < queries)[:, None] & valid[None, :], other=0.0).to(tl.float32)
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        if CAUSAL:
-            scores = tl.where(n[None, :] <= m[:, None] + (keys - queries), scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
-        p = tl.exp2((scores - finite[:, None]) * LOG2_E)
-        shrink = tl.exp2((top - finite) * LOG2_E)
-        total = total * shrink + tl.sum(p, axis=1)
-        v = tl.load(v_ptr + column[:, None] * stride_vn + d[None, :], mask=valid[:, None] & in_head[None, :], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        top = higher
+    if LEFT:
+        acc, total, top = attend(
+            acc, total, top, q, k_ptr, v_ptr, bias_ptr, None, key_mask_ptr, stride_kn, stride_vn, stride_biasm,
+            stride_biasn, stride_maskn, start, tl.minimum(full_start, end), length, m, queries, shift, scale, cap,
+            left, right, True, False, FOLD, SOFT_CAP, LEFT, RIGHT, HEAD_DIM, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+    if DESCRIPTORS:
+        k_blocks = tl.make_tensor_descriptor(k_ptr, [keys, HEAD_DIM], [stride_kn, 1], [BLOCK_N, BLOCK_D])
+        v_blocks = tl.make_tensor_descriptor(v_ptr, [keys, HEAD_DIM], [stride_vn, 1], [BLOCK_N, BLOCK_D])
+    else:
+        k_blocks, v_blocks = k_ptr, v_ptr
+    bias_blocks = None
+    if BIAS_DESCRIPTOR:
+        bias_blocks = tl.make_tensor_descriptor(bias_ptr, [queries, keys], [stride_biasm, 1], [BLOCK_M, BLOCK_N])
+    acc, total, top = attend(
+        acc, total, top, q, k_blocks, v_blocks, bias_ptr, bias_blocks, key_mask_ptr, stride_kn, stride_vn,
+        stride_biasm, stride_biasn, stride_maskn, full_start, full_end, length, m, queries, shift, scale, cap, left,
+        right, False, DESCRIPTORS, FOLD, SOFT_CAP, LEFT, RIGHT, HEAD_DIM, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    acc, total, top = attend(
+        acc, total, top, q, k_ptr, v_ptr, bias_ptr, None, key_mask_ptr, stride_kn, stride_vn, stride_biasm,
+        stride_biasn, stride_maskn, full_end, end, length, m, queries, shift, scale, cap, left, right,
+        True, False, FOLD, SOFT_CAP, LEFT, RIGHT, HEAD_DIM, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
 
     masked = total == 0.0
     out = acc / tl.where(masked, 1.0, total)[:, None]
     if MEAN:
         if tl.max(masked.to(tl.int32), axis=0) > 0:
             mean = tl.zeros([BLOCK_D], tl.float32)
-            for start in range(0, keys, BLOCK_N):
-                n = start + tl.arange(0, BLOCK_N)
+            for at in range(0, keys, BLOCK_N):
+                n = at + tl.arange(0, BLOCK_N)
                 v_at = v_ptr + n.to(tl.int64)[:, None] * stride_vn + d[None, :]
                 v = tl.load(v_at, mask=(n < keys)[:, None] & in_head[None, :], other=0.0)
                 mean += tl.sum(v.to(tl.float32), axis=0)
@@ -164,6 +314,40 @@ CONFIGS: list[Row] = [
     ({"queries": 16, "head_dim": 128}, {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
     ({"head_dim": 64}, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}),
     ({"head_dim": 128}, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
+    ({}, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}),
+]
+
+# For compute capability 9.0 and half precision, measured on an H200 (Triton 3.6). bias, masked (by key) and causal are
+# 0 or 1; descriptors pay where keys are many, or where a bias comes in tiles.
+HOPPER: list[Row] = [
+    ({"queries": 16, "head_dim": 128}, {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
+    ({"bias": 0, "head_dim": 64, "keys": 128}, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
+    (
+        {"bias": 0, "head_dim": 64, "causal": 0, "masked": 0},
+        {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    ),
+    ({"bias": 0, "head_dim": 64, "causal": 0}, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}),
+    ({"bias": 0, "head_dim": 64, "keys": 1024}, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
+    (
+        {"bias": 0, "head_dim": 64},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "DESCRIPTORS": 1},
+    ),
+    (
+        {"bias": 0, "head_dim": 128, "keys": 8192},
+        {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    ),
+    (
+        {"bias": 0, "head_dim": 128},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "DESCRIPTORS": 1},
+    ),
+    (
+        {"head_dim": 64},
+        {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "DESCRIPTORS": 1, "BIAS_DESCRIPTOR": 1},
+    ),
+    (
+        {"head_dim": 128},
+        {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "DESCRIPTORS": 1, "BIAS_DESCRIPTOR": 1},
+    ),
     ({}, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}),
 ]
 
@@ -218,6 +402,10 @@ def infer(inputs: Any, attrs: Any) -> tuple[Tensor]:
         raise ValueError(
             f"attention: k has {readable(k.shape)[1]} heads, expected a divisor of q's {readable(q.shape)[1]}"
         )
+    if attrs.softcap < 0:
+        raise ValueError(f"attention: softcap is {attrs.softcap}, expected 0 for none or a positive number")
+    if attrs.causal and attrs.window_right > 0:
+        raise ValueError(f"attention: window_right is {attrs.window_right}, expected -1 or 0 where causal")
     expect_shape("attention", "key_lengths", inputs.key_lengths, (batch,), "[B]")
     expect_shape("attention", "key_mask", inputs.key_mask, (batch, keys), "[B, Sk]")
     if inputs.bias is not None:
@@ -245,17 +433,26 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.strides[3] != 1 and head_dim > 1:
             raise Decline(f"the rows of {name} are not contiguous")
-    config = dict(lookup(CONFIGS, dtype=q.dtype, head_dim=head_dim, queries=queries))
+    table = HOPPER if device.capability == 90 and q.dtype != "float32" else CONFIGS
+    facts = {"bias": int(bias is not None), "masked": int(mask is not None), "causal": int(attrs.causal)}
+    config = dict(lookup(table, dtype=q.dtype, head_dim=head_dim, queries=queries, keys=k.shape[2], **facts))
+    descriptors = bool(config.pop("DESCRIPTORS", 0)) and all(map(descriptor_fits, (k, v)))
+    bias_descriptor = bool(config.pop("BIAS_DESCRIPTOR", 0)) and bias is not None and bias_fits(bias, queries)
     block_m, block_n = config.pop("BLOCK_M"), config.pop("BLOCK_N")
+    left, right = attrs.window_left, 0 if attrs.causal else attrs.window_right
+    constants: dict[str, Any] = {}
     strides = {
         **named_strides("q", q, "bhm"),
         **named_strides("k", k, "bhn"),
         **named_strides("v", v, "bhn"),
         **named_strides("o", out, "bhm"),
-        **named_strides("bias", bias, "bhmn"),
-        **named_strides("mask", mask, "bn"),
+        **named_strides("bias", bias, "bhm"),
+        **named_strides("mask", mask, "b"),
         "stride_lengths": lengths.strides[0] if lengths is not None else 0,
     }
+    for name, tensor in (("stride_biasn", bias), ("stride_maskn", mask)):  # known where they are 1, for wide loads
+        step = tensor.strides[-1] if tensor is not None else 1
+        (constants if step == 1 else strides)[name] = 1 if step == 1 else step
     return [
         Launch(
             attention_kernel,
@@ -269,14 +466,24 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
                 "key_mask_ptr": mask,
                 "out_ptr": out,
                 **strides,
+                "batches": batch,
                 "heads": heads,
                 "group": heads // k.shape[1],
                 "queries": queries,
                 "keys": k.shape[2],
-                "scale": attrs.scale,
+                "scale": attrs.scale / attrs.softcap if attrs.softcap else attrs.scale,
+                "cap": attrs.softcap,
+                "left": left,
+                "right": right,
             },
             constexprs={
-                "CAUSAL": attrs.causal,
+                **constants,
+                "SOFT_CAP": attrs.softcap > 0,
+                "LEFT": left >= 0,
+                "RIGHT": right >= 0,
+                "DESCRIPTORS": descriptors,
+                "BIAS_DESCRIPTOR": bias_descriptor,
+                "FOLD": attrs.scale > 0 and not attrs.softcap and bias is None,
                 "MEAN": attrs.masked_row == "mean",
                 "HEAD_DIM": head_dim,
                 "BLOCK_D": power_of_2(head_dim, least=16),
@@ -286,6 +493,19 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
             options=config,
         )
     ]
+
+
+def descriptor_fits(tensor: Tensor) -> bool:
+    """Whether the hardware's tensor descriptors can read these rows: everything starts on a multiple of 16 bytes."""
+    numbers = (tensor.offset, *tensor.strides[:3], tensor.shape[3])
+    return tensor.aligned and all(number * ITEMSIZE[tensor.dtype] % ALIGNMENT == 0 for number in numbers)
+
+
+def bias_fits(bias: Tensor, queries: Any) -> bool:
+    """Whether a tensor descriptor can read it: a row for each query, and everything on a multiple of 16 bytes."""
+    strides = [0 if size == 1 else stride for size, stride in zip(bias.shape[:3], bias.strides[:3], strict=True)]
+    starts = all(number * ITEMSIZE[bias.dtype] % ALIGNMENT == 0 for number in (bias.offset, *strides))
+    return bias.aligned and starts and bias.strides[3] == 1 and bias.shape[2] == queries and queries > 1
 
 
 def named_strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, Any]:
@@ -316,9 +536,15 @@ def attention_reference(q: Any, k: Any, v: Any, bias: Any, key_lengths: Any, key
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     weights_of = v.masked_fill(~visible.transpose(2, 3), 0.0)  # NaN in padding must not reach the output
-    if attrs["causal"]:
-        visible = visible & (position <= torch.arange(queries, device=q.device)[:, None] + (keys - queries))
+    left, right = attrs["window_left"], 0 if attrs["causal"] else attrs["window_right"]
+    stands = torch.arange(queries, device=q.device)[:, None] + (keys - queries)
+    if right >= 0:
+        visible = visible & (position <= stands + right)
+    if left >= 0:
+        visible = visible & (position >= stands - left)
     scores = q @ k.transpose(-1, -2) * attrs["scale"]
+    if attrs["softcap"] > 0:
+        scores = torch.tanh(scores / attrs["softcap"]) * attrs["softcap"]
     if bias is not None:
         scores = scores + bias
     scores = scores.masked_fill(~visible, float("-inf"))
@@ -345,13 +571,17 @@ def body(g: Any, inputs: Any, attrs: Any) -> tuple[Any]:
     zero, minus_infinity = g.constant(0.0, dtype), g.constant(float("-inf"), dtype)
     values = v if visible is None else g.Where(g.Transpose(visible, perm=[0, 1, 3, 2]), v, zero)
     scores = g.Mul(g.MatMul(q, g.Transpose(k, perm=[0, 1, 3, 2])), g.constant(attrs.scale, dtype))
+    if attrs.softcap > 0:
+        cap = g.constant(attrs.softcap, dtype)
+        scores = g.Mul(g.Tanh(g.Div(scores, cap)), cap)
     if inputs.bias is not None:
         scores = g.Add(scores, inputs.bias)
     if visible is not None:
         scores = g.Where(visible, scores, minus_infinity)
-    if attrs.causal:
-        scores = g.Where(body_causal(g, q, k), scores, minus_infinity)
-    if visible is None and inputs.bias is None and not attrs.causal:
+    window = body_window(g, q, k, attrs)
+    if window is not None:
+        scores = g.Where(window, scores, minus_infinity)
+    if visible is None and inputs.bias is None and window is None:
         out = g.MatMul(g.softmax(scores), values)
     else:  # softmax of a row of -inf is NaN
         masked = g.Equal(g.cast(g.reduce_max(scores, axis=-1), "float32"), g.constant(float("-inf"), "float32"))
@@ -397,12 +627,21 @@ def repeat_heads(g: Any, q: Any, x: Any) -> Any:
     return g.Reshape(g.Expand(g.unsqueeze(x, [2]), wide), flat)
 
 
-def body_causal(g: Any, q: Any, k: Any) -> Any:
-    """[Sq, Sk] bool: key position at most query position + Sk - Sq."""
+def body_window(g: Any, q: Any, k: Any, attrs: Any) -> Any:
+    """[Sq, Sk] bool: the keys that each query's window shows; None where it shows all."""
+    left, right = attrs.window_left, 0 if attrs.causal else attrs.window_right
+    if left < 0 and right < 0:
+        return None
     zero, one = g.constant(0, "int64"), g.constant(1, "int64")
     queries, keys = (g.Gather(g.Shape(x), g.constant(2, "int64"), axis=0) for x in (q, k))
-    last_seen = g.Add(g.Range(zero, queries, one), g.Sub(keys, queries))
-    return g.Not(g.Less(g.unsqueeze(last_seen, [1]), g.Range(zero, keys, one)))
+    stands = g.unsqueeze(g.Add(g.Range(zero, queries, one), g.Sub(keys, queries)), [1])
+    position = g.Range(zero, keys, one)
+    shown = []
+    if right >= 0:
+        shown.append(g.Not(g.Less(g.Add(stands, g.constant(right, "int64")), position)))
+    if left >= 0:
+        shown.append(g.Not(g.Less(position, g.Sub(stands, g.constant(left, "int64")))))
+    return shown[0] if len(shown) == 1 else g.And(*shown)
 
 
 attention = Op(
@@ -422,6 +661,9 @@ attention = Op(
         Attr("causal", "bool", False),
         Attr("num_heads", "int", 0),
         Attr("kv_num_heads", "int", 0),
+        Attr("window_left", "int", -1),
+        Attr("window_right", "int", -1),
+        Attr("softcap", "float", 0.0),
         Attr("masked_row", "string", "zero", choices=("zero", "mean")),
     ),
     types={"T": ("float32", "float16", "bfloat16")},

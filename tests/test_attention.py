@@ -171,6 +171,77 @@ def test_causal_counts_from_the_end(device, queries, keys):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128])
+@pytest.mark.parametrize(
+    "names", [("bias",), ("bias broadcast",), ("bias", "lengths"), ("bias", "holes", "causal")], ids=str
+)
+def test_biases_that_fit_tensor_descriptors(device, head_dim, names):
+    given = {k: v for name in names for k, v in masks(device, queries=200, keys=208)[name].items()}
+    given["bias"] = given["bias"].half()
+    check(*operands(device, torch.float16, queries=200, keys=208, head_dim=head_dim), **given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 200])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_sequences(dtype, head_dim, causal):
+    """Each row of the tables for many keys, and edges that no block size divides."""
+    q, k, v = operands("cuda", dtype, batch=1, heads=2, queries=1500, keys=9001, head_dim=head_dim)
+    check(q, k, v, scale=head_dim**-0.5, causal=causal)
+    lengths = torch.tensor([4321], dtype=torch.int32, device="cuda")
+    check(q, k[:, :, :8000], v[:, :, :8000], scale=head_dim**-0.5, causal=causal, key_lengths=lengths)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(device, scale):
+    check(*operands(device, torch.float32), scale=scale)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [(0, 0), (5, -1), (-1, 3), (20, 20), (64, 0), (200, 200), (3, 100)], ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(150, 150), (40, 200), (100, 30)])
+def test_windows(device, window, queries, keys):
+    left, right = window
+    q, k, v = operands(device, torch.float16, heads=2, queries=queries, keys=keys)
+    out = check(q, k, v, window_left=left, window_right=right)
+    distance = torch.arange(keys, device=device) - (torch.arange(queries, device=device)[:, None] + keys - queries)
+    seen = (distance <= right) | (right < 0)
+    seen = seen & ((distance >= -left) | (left < 0))
+    exact = scaled_dot_product_attention(*map(widened, (q, k, v)), attn_mask=seen, scale=0.2)
+    assert_close(out, exact, scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.2))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("masked_row", ["zero", "mean"])
+def test_a_causal_window_over_padding(device, masked_row):
+    given = {**masks(device, keys=150)["left padding"], "causal": True, "window_left": 30, "masked_row": masked_row}
+    check(*operands(device, torch.float32, queries=150, keys=150), **given)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("names", [(), ("causal",), ("bias", "lengths")], ids=str)
+def test_soft_cap(device, dtype, names):
+    given = combined(device, *names)
+    if "bias" in given:
+        given["bias"] = given["bias"].to(dtype)
+    q, k, v = operands(device, dtype)
+    check(q * 5, k * 5, v, **given, softcap=20.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [60, 64, 128, 150])
+def test_holes_at_the_edges_of_blocks(device, length):
+    mask = torch.arange(200, device=device).expand(2, 200) < length
+    lengths = mask.sum(1, dtype=torch.int32)
+    inputs = operands(device, torch.float16, queries=70, keys=200)
+    both = check(*inputs, key_mask=mask, key_lengths=lengths)
+    assert torch.equal(both, check(*inputs, key_lengths=lengths))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("masking", ["lengths", "mask", "both"])
 def test_nan_in_padding_stays_there(device, masking):
     q, k, v = operands(device, torch.float16)
@@ -298,6 +369,8 @@ def one(*shape, dtype=torch.float32):
         ({"k": one(2, 4, 7, 8, dtype=torch.float16)}, TypeError, "k is float16, expected float32 as q is"),
         ({"num_heads": 4}, ValueError, r"q has shape \[2, 4, 5, 8\], expected 3 dimensions"),
         ({"num_heads": 4, "kv_num_heads": 3}, ValueError, "kv_num_heads is 3, expected a divisor of num_heads = 4"),
+        ({"softcap": -1.0}, ValueError, "softcap is -1.0, expected 0 for none or a positive number"),
+        ({"causal": True, "window_right": 2}, ValueError, "window_right is 2, expected -1 or 0 where causal"),
         ({"masked_row": "nan"}, ValueError, "masked_row is 'nan', expected one of zero, mean"),
     ],
 )
