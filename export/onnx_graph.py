@@ -82,10 +82,6 @@ def permutation(node: ir.Node | None) -> list[int] | None:
     return list(attribute(node, "perm", [])) if node is not None else None
 
 
-def used_once(value: ir.Value) -> bool:
-    return len(value.uses()) == 1 and not value.is_graph_output()
-
-
 def replace_value(old: ir.Value, new: ir.Value) -> None:
     """Let everybody use `new`, which also takes the name of a graph output."""
     if old.is_graph_output():

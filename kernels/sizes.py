@@ -201,17 +201,6 @@ def maximum(a: Any, b: Any) -> Any:
     return _traced("max", a, b)
 
 
-def bucket(size: Size | int, table: Sequence[int]) -> int:
-    """The first entry of the ascending `table` that is not less than `size`; its last entry where there is none.
-
-    Made of comparisons, so that one plan serves every size of the same bucket.
-    """
-    for entry in table[:-1]:
-        if size <= entry:
-            return entry
-    return table[-1]
-
-
 def power_of_2(size: Size | int, least: int = 1) -> int:
     """The smallest power of two that is not less than `size` nor `least`, made of comparisons."""
     power = least

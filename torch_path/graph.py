@@ -6,7 +6,6 @@ symbolic, shape. Nodes made through `call` get theirs by running the operator on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -187,10 +186,3 @@ def fresh(node: Any) -> bool:
 def _mutated(node: Node) -> bool:
     """A cast that is a copy is kept where somebody writes into it."""
     return any(isinstance(u.target, torch._ops.OpOverload) and u.target._schema.is_mutable for u in node.users)
-
-
-def walk_back(node: Any, step: Callable[[Node], Any]) -> Iterator[Any]:
-    """node, step(node), step(step(node)), ... until step answers None."""
-    while node is not None:
-        yield node
-        node = step(node) if isinstance(node, Node) else None
