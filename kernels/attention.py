@@ -53,7 +53,7 @@ LOWEST = tl.constexpr(-1e38)  # a bias below it hides a key; times log2(e) it co
 def attend(
     acc,  # [BLOCK_M, BLOCK_D] fp32: the sum of p * v so far, p = exp2(score - top)
     total,  # [BLOCK_M]: the sum of p so far
-    top,  # [BLOCK_M]: the largest score so far; scores are in units of log2
+    top,  # [BLOCK_M]: the largest score so far; scores are times log2(e), but where EXACT
     q,  # [BLOCK_M, BLOCK_D]
     k_ptr,  # [keys, HEAD_DIM], or its descriptor
     v_ptr,
@@ -71,13 +71,14 @@ def attend(
     m,  # [BLOCK_M]: query positions
     queries,
     shift,  # the key position that query 0 stands at
-    scale,  # times log2(e), but for a soft cap
-    cap,  # the soft cap
+    scale,  # times log2(e), but where EXACT or for a soft cap
+    cap,  # the soft cap, times log2(e) but where EXACT
     left,  # a query sees that many keys before its own position
     right,  # and that many after it
     EDGE: tl.constexpr,  # some of these keys may be masked; else all are visible to every query of the block
     DESCRIPTORS: tl.constexpr,
     FOLD: tl.constexpr,
+    EXACT: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -109,7 +110,7 @@ def attend(
         if not FOLD:
             scores = scores * scale
         if SOFT_CAP:
-            scores = (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E)) + 1.0)) * (cap * LOG2_E)  # cap * tanh(scores)
+            scores = (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E)) + 1.0)) * cap  # cap * tanh(scores)
         if bias_ptr is not None:
             bias_at = bias_ptr + m.to(tl.int64)[:, None] * stride_biasm + column[None, :] * stride_biasn
             if EDGE:
@@ -119,7 +120,9 @@ def attend(
             else:
                 bias = tl.load(bias_at, mask=(m < queries)[:, None], other=0.0)
             bias = bias.to(tl.float32)
-            scores += tl.where(bias < LOWEST, bias, bias * LOG2_E)  # finfo.min must stay finite
+            if not EXACT:
+                bias = tl.where(bias < LOWEST, bias, bias * LOG2_E)  # finfo.min must stay finite
+            scores += bias
         if EDGE:
             scores = tl.where(valid[None, :], scores, float("-inf"))
             if RIGHT:
@@ -135,9 +138,13 @@ def attend(
             finite = tl.where(higher == float("-inf"), 0.0, higher)
         if FOLD:  # one fused multiply-add an element
             p = tl.exp2(scores * scale - finite[:, None])
+            shrink = tl.exp2(top - finite)
+        elif EXACT:  # the difference is exact where it matters, near the maximum; its logarithm's base comes after
+            p = tl.exp2((scores - finite[:, None]) * LOG2_E)
+            shrink = tl.exp2((top - finite) * LOG2_E)
         else:
             p = tl.exp2(scores - finite[:, None])
-        shrink = tl.exp2(top - finite)
+            shrink = tl.exp2(top - finite)
         total = total * shrink + tl.sum(p, axis=1)
         acc = acc * shrink[:, None]
         if DESCRIPTORS:
@@ -210,6 +217,7 @@ def attention_kernel(
     DESCRIPTORS: tl.constexpr,  # read blocks of k and v that nothing masks by tensor descriptors
     BIAS_DESCRIPTOR: tl.constexpr,  # and those of the bias
     FOLD: tl.constexpr,  # multiply by the scale, which is positive, after the maximum is taken
+    EXACT: tl.constexpr,  # fp32: scores keep their own units, which costs a multiplication an element
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,  # power of two, at least HEAD_DIM
     BLOCK_M: tl.constexpr,
@@ -239,8 +247,10 @@ def attention_kernel(
     row = m.to(tl.int64)[:, None]
     q_mask = (m < queries)[:, None] & in_head[None, :]
     q = tl.load(q_ptr + row * stride_qm + d[None, :], mask=q_mask, other=0.0)
-    if not SOFT_CAP:
-        scale = scale * LOG2_E
+    if not EXACT:
+        cap = cap * LOG2_E
+        if not SOFT_CAP:
+            scale = scale * LOG2_E
 
     # Keys start .. end are visited. Of them, full_start .. full_end are seen by every query of the block: whole blocks
     # of keys that need no mask, between edges that do.
@@ -270,7 +280,7 @@ def attention_kernel(
         acc, total, top = attend(
             acc, total, top, q, k_ptr, v_ptr, bias_ptr, None, key_mask_ptr, stride_kn, stride_vn, stride_biasm,
             stride_biasn, stride_maskn, start, tl.minimum(full_start, end), length, m, queries, shift, scale, cap,
-            left, right, True, False, FOLD, SOFT_CAP, LEFT, RIGHT, HEAD_DIM, BLOCK_D, BLOCK_N,
+            left, right, True, False, FOLD, EXACT, SOFT_CAP, LEFT, RIGHT, HEAD_DIM, BLOCK_D, BLOCK_N,
         )  # fmt: skip
     if DESCRIPTORS:
         k_blocks = tl.make_tensor_descriptor(k_ptr, [keys, HEAD_DIM], [stride_kn, 1], [BLOCK_N, BLOCK_D])
@@ -283,12 +293,12 @@ def attention_kernel(
     acc, total, top = attend(
         acc, total, top, q, k_blocks, v_blocks, bias_ptr, bias_blocks, key_mask_ptr, stride_kn, stride_vn,
         stride_biasm, stride_biasn, stride_maskn, full_start, full_end, length, m, queries, shift, scale, cap, left,
-        right, False, DESCRIPTORS, FOLD, SOFT_CAP, LEFT, RIGHT, HEAD_DIM, BLOCK_D, BLOCK_N,
+        right, False, DESCRIPTORS, FOLD, EXACT, SOFT_CAP, LEFT, RIGHT, HEAD_DIM, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     acc, total, top = attend(
         acc, total, top, q, k_ptr, v_ptr, bias_ptr, None, key_mask_ptr, stride_kn, stride_vn, stride_biasm,
         stride_biasn, stride_maskn, full_end, end, length, m, queries, shift, scale, cap, left, right,
-        True, False, FOLD, SOFT_CAP, LEFT, RIGHT, HEAD_DIM, BLOCK_D, BLOCK_N,
+        True, False, FOLD, EXACT, SOFT_CAP, LEFT, RIGHT, HEAD_DIM, BLOCK_D, BLOCK_N,
     )  # fmt: skip
 
     masked = total == 0.0
@@ -323,10 +333,13 @@ HOPPER: list[Row] = [
     ({"queries": 16, "head_dim": 128}, {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
     ({"bias": 0, "head_dim": 64, "keys": 128}, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
     (
-        {"bias": 0, "head_dim": 64, "causal": 0, "masked": 0},
+        {"bias": 0, "head_dim": 64, "causal": 0, "masked": 0, "keys": 8192},
         {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
     ),
-    ({"bias": 0, "head_dim": 64, "causal": 0}, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}),
+    (
+        {"bias": 0, "head_dim": 64, "causal": 0, "keys": 8192},
+        {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ),
     ({"bias": 0, "head_dim": 64, "keys": 1024}, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
     (
         {"bias": 0, "head_dim": 64},
@@ -483,7 +496,8 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
                 "RIGHT": right >= 0,
                 "DESCRIPTORS": descriptors,
                 "BIAS_DESCRIPTOR": bias_descriptor,
-                "FOLD": attrs.scale > 0 and not attrs.softcap and bias is None,
+                "FOLD": q.dtype != "float32" and attrs.scale > 0 and not attrs.softcap and bias is None,
+                "EXACT": q.dtype == "float32",
                 "MEAN": attrs.masked_row == "mean",
                 "HEAD_DIM": head_dim,
                 "BLOCK_D": power_of_2(head_dim, least=16),
