@@ -15,121 +15,107 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from trimaran.kernels.configs import Row, lookup
-from trimaran.kernels.contract import Attr, Decline, Device, Divisible, Input, Launch, Op, Output, Tensor, expect_shape
-from trimaran.kernels.sizes import power_of_2, product
-
-MAX_COLUMNS = 65536  # one program holds a whole row in registers
+from trimaran.kernels.contract import Attr, Device, Input, Launch, Op, Output, Tensor
+from trimaran.kernels.norms import infer_norm, load_total, norm_launch, row_starts
 
 
 @triton.jit
 def layer_norm_kernel(
-    x_ptr,  # [rows, columns]
+    x_ptr,  # [.., size1, size2, columns], any strides but the last, which is 1
     weight_ptr,  # [columns] or None
     bias_ptr,  # [columns] or None
-    residual_ptr,  # [rows, columns] or None
+    residual_ptr,  # as x, or None
     y_ptr,  # [rows, columns]
     sum_ptr,  # [rows, columns] or None
-    stride_x,  # elements from one row of x to the next
-    stride_residual,
-    stride_y,  # also of sum
+    stride_x0,
+    stride_x1,
+    stride_x2,
+    stride_residual0,
+    stride_residual1,
+    stride_residual2,
+    size1,
+    size2,
+    rows,
     columns,
     eps,
-    BLOCK: tl.constexpr,  # power of two, at least columns
+    DIMENSIONS: tl.constexpr,  # of the three leading ones, how many are more than one element long; at least 1
+    WHOLE: tl.constexpr,  # a row fits in BLOCK
+    EARLY: tl.constexpr,  # the weight is read before the reduction, which would otherwise be waited for
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # power of two, at least columns where WHOLE
 ):
-    # One program per row: grid = (rows,).
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
-    inside = offsets < columns
-    x = tl.load(x_ptr + row * stride_x + offsets, mask=inside, other=0.0)
+    # One program per ROWS rows: grid = (cdiv(rows, ROWS),).
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (row < rows)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    x_ptr += row_starts(row, size1, size2, stride_x0, stride_x1, stride_x2, DIMENSIONS)[:, None] + column
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row * stride_residual + offsets, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
+        start = row_starts(row, size1, size2, stride_residual0, stride_residual1, stride_residual2, DIMENSIONS)
+        residual_ptr += start[:, None] + column
+    y_ptr += row.to(tl.int64)[:, None] * columns + column
+    if sum_ptr is not None:
+        sum_ptr += row.to(tl.int64)[:, None] * columns + column
+    inverse = 1.0 / columns
+
+    if WHOLE:
+        known = column < columns
+        mask = inside & known
+        if weight_ptr is not None and EARLY:
+            weight = tl.load(weight_ptr + column, mask=known, other=0.0)
+        if bias_ptr is not None and EARLY:
+            bias = tl.load(bias_ptr + column, mask=known, other=0.0)
+        x = load_total(x_ptr, residual_ptr, mask)
         if sum_ptr is not None:
-            tl.store(sum_ptr + row * stride_y + offsets, x, mask=inside)
-    x = x.to(tl.float32)
-    mean = tl.sum(x, axis=0) / columns
-    centered = tl.where(inside, x - mean, 0.0)
-    variance = tl.sum(centered * centered, axis=0) / columns
-    y = centered * tl.rsqrt(variance + eps)
-    if weight_ptr is not None:
-        y = y * tl.load(weight_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        y = y + tl.load(bias_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * stride_y + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-CONFIGS: list[Row] = [
-    ({"columns": 1024}, {"num_warps": 2}),
-    ({"columns": 4096}, {"num_warps": 4}),
-    ({"columns": 16384}, {"num_warps": 8}),
-    ({}, {"num_warps": 16}),
-]
+            tl.store(sum_ptr, x.to(dtype), mask=mask)
+        mean = tl.sum(x, axis=1) * inverse
+        centered = tl.where(known, x - mean[:, None], 0.0)
+        y = centered * tl.rsqrt(tl.sum(centered * centered, axis=1) * inverse + eps)[:, None]
+        if weight_ptr is not None:
+            if not EARLY:
+                weight = tl.load(weight_ptr + column, mask=known, other=0.0)
+            y = y * weight.to(tl.float32)
+        if bias_ptr is not None:
+            if not EARLY:
+                bias = tl.load(bias_ptr + column, mask=known, other=0.0)
+            y = y + bias.to(tl.float32)
+        tl.store(y_ptr, y.to(dtype), mask=mask)
+    else:
+        totals = tl.zeros([ROWS, BLOCK], tl.float32)
+        for first in range(0, columns, BLOCK):
+            mask = inside & (first + column < columns)
+            x = load_total(x_ptr + first, None if residual_ptr is None else residual_ptr + first, mask)
+            if sum_ptr is not None:
+                tl.store(sum_ptr + first, x.to(dtype), mask=mask)
+            totals += x
+        mean = (tl.sum(totals, axis=1) * inverse)[:, None]
+        squares = tl.zeros([ROWS, BLOCK], tl.float32)
+        for first in range(0, columns, BLOCK):
+            mask = inside & (first + column < columns)
+            x = load_total(x_ptr + first, None if residual_ptr is None else residual_ptr + first, mask)
+            centered = tl.where(mask, x - mean, 0.0)
+            squares += centered * centered
+        scale = tl.rsqrt(tl.sum(squares, axis=1) * inverse + eps)[:, None]
+        for first in range(0, columns, BLOCK):
+            known = first + column < columns
+            mask = inside & known
+            x = load_total(x_ptr + first, None if residual_ptr is None else residual_ptr + first, mask)
+            y = (x - mean) * scale
+            if weight_ptr is not None:
+                y = y * tl.load(weight_ptr + first + column, mask=known, other=0.0).to(tl.float32)
+            if bias_ptr is not None:
+                y = y + tl.load(bias_ptr + first + column, mask=known, other=0.0).to(tl.float32)
+            tl.store(y_ptr + first, y.to(dtype), mask=mask)
 
 
 def infer(inputs: Any, attrs: Any) -> tuple[Tensor, Tensor | None]:
-    x: Tensor = inputs.x
-    if x.rank == 0:
-        raise ValueError("layer_norm: x is a scalar, expected [..., N]")
-    expect_shape("layer_norm", "weight", inputs.weight, x.shape[-1:], "[N]")
-    expect_shape("layer_norm", "bias", inputs.bias, x.shape[-1:], "[N]")
-    expect_shape("layer_norm", "residual", inputs.residual, x.shape, "the shape of x")
-    y = Tensor(x.dtype, x.shape)
-    return y, (y if inputs.residual is not None else None)
+    return infer_norm("layer_norm", inputs)
 
 
 def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
-    x, residual = inputs.x, inputs.residual
-    columns = x.shape[-1]
-    if device.type == "cuda" and device.capability < 80:
-        raise Decline(f"layer_norm needs a GPU of compute capability 8.0, this one has {device.capability / 10}")
-    if columns > MAX_COLUMNS:
-        raise Decline(f"rows of more than {MAX_COLUMNS} elements")
-    for name, tensor in (("weight", inputs.weight), ("bias", inputs.bias)):
-        if tensor is not None and columns > 1 and tensor.strides[0] != 1:
-            raise Decline(f"{name} is not contiguous")
-    return [
-        Launch(
-            layer_norm_kernel,
-            grid=(product(x.shape[:-1]) if columns > 0 else 0,),
-            args={
-                "x_ptr": x,
-                "weight_ptr": inputs.weight,
-                "bias_ptr": inputs.bias,
-                "residual_ptr": residual,
-                "y_ptr": outputs.y,
-                "sum_ptr": outputs.sum,
-                "stride_x": Divisible(row_stride("x", x)),
-                "stride_residual": Divisible(row_stride("residual", residual)) if residual is not None else 0,
-                "stride_y": Divisible(columns),
-                "columns": Divisible(columns),
-                "eps": attrs.eps,
-            },
-            constexprs={"BLOCK": power_of_2(columns)},
-            options=lookup(CONFIGS, columns=columns),
-        )
-    ]
-
-
-def row_stride(name: str, tensor: Tensor) -> Any:
-    """The distance between rows of the last dimension, where the leading dimensions step evenly; Decline where not."""
-    *shape, columns = tensor.shape
-    *strides, last = tensor.strides
-    if columns > 1 and last != 1:
-        raise Decline(f"the rows of {name} are not contiguous")
-    step: Any = None  # of the innermost leading dimension of more than one element
-    span: Any = None  # the stride that the next dimension outwards must have
-    if any(size == 0 for size in shape):
-        return columns
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size == 1:
-            continue
-        if step is None:
-            step = stride
-        elif stride != span:
-            raise Decline(f"the rows of {name} are not evenly spaced")
-        span = stride * size
-    return columns if step is None else step
+    launch = norm_launch("layer_norm", inputs, outputs, attrs.eps, device)
+    launch["args"]["bias_ptr"] = inputs.bias
+    return [Launch(layer_norm_kernel, **launch)]
 
 
 def layer_norm_reference(x: Any, weight: Any, bias: Any, residual: Any, *, eps: float) -> tuple[Any, Any]:

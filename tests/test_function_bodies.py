@@ -87,6 +87,23 @@ def test_layer_norm(opset, case):
     check(OPS["layer_norm"], inputs, {"eps": 1e-3}, outputs=2 if "residual" in case else 1, opset=opset)
 
 
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("cast", ["torch", "llama", "gemma"])
+@pytest.mark.parametrize("case", [case for case in NORMS if "bias" not in case])
+def test_rms_norm(opset, cast, case):
+    inputs = tuple(t for i, t in enumerate(NORMS[case]) if i != 2)
+    check(OPS["rms_norm"], inputs, {"eps": 1e-3, "cast": cast}, outputs=2 if "residual" in case else 1, opset=opset)
+
+
+@pytest.mark.parametrize("cast", ["torch", "llama", "gemma"])
+@pytest.mark.parametrize("opset", OPSETS)
+def test_rms_norm_in_half_precision(opset, cast):
+    x, weight, residual = X.half(), W.half(), R.half()
+    check(OPS["rms_norm"], (x, weight, residual), {"eps": 1e-3, "cast": cast}, outputs=2, opset=opset)
+    if cast != "llama":
+        check(OPS["rms_norm"], (x, W), {"eps": 1e-3, "cast": cast}, opset=opset)
+
+
 Q, K, V = draw(2, 4, 5, 8), draw(2, 4, 7, 8), draw(2, 4, 7, 8) + 1
 LENGTHS, MASK = (
     torch.tensor([7, 3], dtype=torch.int32),
@@ -105,6 +122,8 @@ ATTENTIONS = {
     "bias of -inf": ((Q, K, V, HIDDEN), {}),
     "causal": ((Q, K, V), {"causal": True}),
     "causal, mean": ((K, Q, Q), {"causal": True, "masked_row": "mean"}),
+    "window": ((K, Q, Q), {"window_left": 1, "window_right": 2}),
+    "causal window, soft cap": ((Q, K, V, None, LENGTHS), {"causal": True, "window_left": 2, "softcap": 1.5}),
     "grouped": ((Q, K[:, :2], V[:, :2]), {}),
     "rows": (tuple(t.transpose(1, 2).flatten(2) for t in (Q, K, V)), {"num_heads": 4}),
     "rows, grouped": (

@@ -4,8 +4,13 @@ import pytest
 import torch
 from oracle import assert_close, widened
 
+from trimaran.kernels.compiler import compile_launch
+from trimaran.kernels.contract import Device, Tensor
 from trimaran.kernels.interpreter import interpret
-from trimaran.kernels.layer_norm import MAX_COLUMNS, layer_norm, layer_norm_reference
+from trimaran.kernels.layer_norm import layer_norm, layer_norm_reference
+from trimaran.kernels.norms import MAX_COLUMNS, MAX_ROWS
+from trimaran.kernels.plans import make_plan
+from trimaran.kernels.sizes import contiguous_strides
 from trimaran.torch_path import ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -64,9 +69,22 @@ def check(inputs, eps=1e-5, return_sum=False):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [1, 3, 16, 100, 384, 1000])
+@pytest.mark.parametrize("columns", [1, 3, 16, 100, 384, 1000, 5000, 32768, 40001, 65536])
 def test_rows_of_any_length(device, dtype, columns):
-    check(tensors(device, dtype, (5, columns)))
+    check(tensors(device, dtype, (5 if columns < 10000 else 2, columns)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("columns", [32768, 40001, 65536])
+def test_long_rows_with_a_residual(device, columns):
+    check(tensors(device, torch.float16, (2, columns), residual=True), return_sum=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("columns", [1, 3, 16, 60, 64, 200, 500, 768, 2000])
+def test_many_rows_share_a_program(device, columns):
+    rows = 1027  # not a multiple of any tile
+    check(tensors(device, torch.float16, (rows, columns), residual=True), return_sum=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -118,16 +136,48 @@ def test_rows_anywhere_in_memory(device):
     check((x[:, 1:2].expand(2, 3, 64)[:, :1], weight, bias, None))
 
 
+UNEVEN = {
+    "every other of every other": lambda x: x[:, :2],  # of [2, 3, 4, 64]
+    "transposed": lambda x: x[0].transpose(0, 1),
+    "transposed, 4-D": lambda x: x.transpose(1, 2),
+    "reversed dimensions": lambda x: x.permute(2, 1, 0, 3),
+    "broadcast": lambda x: x[:, :1, :, :].expand(2, 3, 4, 64),
+    "part of a row": lambda x: x[:, ::2, 1:, 3:40],
+}
+
+
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_that_do_not_step_evenly_are_declined(device):
-    x = torch.randn(4, 6, 8, device=device)[:, ::2][::2]
-    declined = []
-    token = ops.on_decline.set(lambda op, reason: declined.append((op, reason)))
-    with interpret():
-        got, _ = torch.ops.trimaran.layer_norm(x[:, :2], eps=1e-5)
-    ops.on_decline.reset(token)
-    assert declined == [("layer_norm", "the rows of x are not evenly spaced")]
-    assert torch.equal(got, torch.nn.functional.layer_norm(x[:, :2], (8,)))
+@pytest.mark.parametrize("case", UNEVEN)
+@pytest.mark.parametrize("repeat", [1, 100])
+def test_rows_that_do_not_step_evenly(device, case, repeat):
+    x, weight, bias, residual = tensors(device, torch.float32, (2, 3, 4 * repeat, 64), residual=True)
+    if case == "broadcast":
+        x, residual = x[:, :, :4], residual[:, :, :4]
+    view = UNEVEN[case]
+    columns = view(x).shape[-1]
+    rest = (weight[:columns], bias[:columns])
+    check((view(x), *rest, view(residual)), return_sum=True)
+    check((view(x), *rest, view(residual).contiguous()), return_sum=True)
+    check((view(x).contiguous(), *rest, view(residual)), return_sum=True)
+
+
+def reason_for_declining(inputs):
+    plan = make_plan(
+        layer_norm, inputs, layer_norm.attributes({"eps": 1e-5}), Device("cuda", 0, 90, 132), (True, False)
+    )
+    return plan.declined
+
+
+def test_rows_that_are_declined():
+    nothing = [None, None, None]
+    x = Tensor("float16", (2, 3, 2, 3, 8), (1000, 2, 300, 40, 1))
+    assert reason_for_declining([x, *nothing]) == "rows that are spaced over more than 3 dimensions"
+    x = Tensor("float16", (2, 3, 8), (24, 1, 3))
+    assert reason_for_declining([x, *nothing]) == "the last dimension of x is not contiguous"
+    x, weight = Tensor("float16", (2, 8), (8, 1)), Tensor("float16", (8,), (2,))
+    assert reason_for_declining([x, weight, None, None]) == "the last dimension of weight is not contiguous"
+    x = Tensor("float16", (MAX_ROWS + 1, 8), (8, 1))
+    assert reason_for_declining([x, *nothing]) == f"more than {MAX_ROWS} rows"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -137,6 +187,16 @@ def test_nan_stays_in_its_row(device):
     got, _ = run(x, *rest, eps=1e-5)
     assert got[1].isnan().all()
     assert not got[[0, 2, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_stays_in_its_row_of_a_tile(device, bad):
+    x, *rest = tensors(device, torch.float32, (1030, 20))
+    x[5, 3] = x[1029, 19] = bad
+    got, _ = run(x, *rest, eps=1e-5)
+    assert got.isnan().any(1).nonzero().flatten().tolist() == [5, 1029]
+    assert got[[5, 1029]].isnan().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -185,6 +245,19 @@ def test_bad_inputs_are_named(change, error, message, interpreted):
 def test_the_sum_needs_a_residual():
     with interpret(), pytest.raises(ValueError, match="output sum is asked for"):
         torch.ops.trimaran.layer_norm(torch.ones(2, 8), eps=1e-5, return_sum=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+def test_every_tile_compiles(capability, dtype):
+    device = Device("cuda", 0, capability, 100, 99 * 1024)
+    for rows, columns in ((8, 768), (4096, 64), (4096, 768), (4096, 4096), (64, 65536)):
+        x, weight = (Tensor(dtype, shape, contiguous_strides(shape)) for shape in ((rows, columns), (columns,)))
+        attrs = layer_norm.attributes({"eps": 1e-5})
+        (launch,) = make_plan(layer_norm, [x, weight, weight, x], attrs, device, (True, True)).launches
+        binary = compile_launch(launch, capability)
+        assert binary.cubin.startswith(b"\x7fELF")
+        assert binary.shared <= 48 * 1024
 
 
 def test_the_declaration_is_complete():
