@@ -1,8 +1,10 @@
-"""The command line: `trimaran demo` and `trimaran info`."""
+"""The command line: `trimaran demo`, `trimaran info` and `trimaran bench-kernels`."""
 
 import json
+import sys
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -54,6 +56,39 @@ def demo(
     for failure in found.failures:
         errors.print(f"[red]FAILED: {failure}")
     if found.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench_kernels(
+    ops: Annotated[list[str] | None, typer.Argument(help="The ops to measure; all that have cases if none.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32; float16 on a GPU unless given.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="5 rounds and small cases, on a CPU tiny ones.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder for <op>.json and <op>.png.")] = Path("build/bench-kernels"),
+    as_json: Json = False,
+) -> None:
+    """Measure the kernels against what torch has for the same work. Fails where one of ours could not be timed."""
+    from trimaran.benchmarks import kernels, report  # everything is imported here, and only here
+
+    console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
+
+    def done(found: dict[str, Any]) -> None:
+        report.write(found, out)
+        if not as_json:
+            console.print(report.table(found))
+            console.print(f"{out / found['op']}.json, {out / found['op']}.png", highlight=False, soft_wrap=True)
+
+    try:
+        found = kernels.bench(ops or [], dtype, quick, errors, done)
+    except ValueError as error:
+        errors.print(f"[red]{error}")
+        raise typer.Exit(2) from error
+    if as_json:
+        print(json.dumps(found, indent=2))
+    failures = kernels.failures(found)
+    for failure in failures:
+        errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if failures:
         raise typer.Exit(1)
 
 
