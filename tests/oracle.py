@@ -1,8 +1,16 @@
-"""How wrong may a kernel be? No more than PyTorch's own kernel at the same dtype, measured against fp64."""
+"""How wrong may a kernel be? No more than PyTorch's own kernel at the same dtype, measured against fp64.
+
+And how it is run: interpreted on the CPU, compiled on a GPU, into outputs that are NaN until it writes them.
+"""
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
+
+from trimaran.kernels.interpreter import interpret
+from trimaran.torch_path import ops
 
 ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 LARGE = 100_000  # elements from which error statistics are stable
@@ -35,3 +43,22 @@ def assert_close(got: torch.Tensor, exact: torch.Tensor, peer: torch.Tensor) -> 
     assert rms <= rms_factor * rms_peer + slack * ulp * rms_scale, f"RMS error {rms:.3g}, PyTorch's {rms_peer:.3g}"
     worst, worst_peer = error.max().item(), reference.max().item()
     assert worst <= max_factor * worst_peer + ulp * scale.max().item(), f"error {worst:.3g}, PyTorch's {worst_peer:.3g}"
+
+
+def run_kernel(op, *inputs, **attrs):
+    """The outputs of an op's kernel, and a failure where it was the reference that answered."""
+    declined = []
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    token = ops.on_decline.set(lambda name, reason: declined.append(reason))
+    try:
+        with interpret(), mock.patch.object(ops.torch, "empty", poisoned):
+            result = ops.TORCH_OPS[op].overload(*inputs, **attrs)
+    finally:
+        ops.on_decline.reset(token)
+    assert not declined, declined
+    return result

@@ -1,42 +1,20 @@
 """attention: the kernel against fp64 in every layout and with every mask, interpreted on the CPU and compiled on a
 GPU."""
 
+from functools import partial
+
 import pytest
 import torch
-from oracle import assert_close, widened
+from oracle import assert_close, run_kernel, widened
 from torch.nn.functional import scaled_dot_product_attention
 
 from trimaran.kernels.attention import attention, attention_reference
 from trimaran.kernels.interpreter import interpret
-from trimaran.torch_path import ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 INF = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def unwritten_outputs_are_nan(monkeypatch):
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(ops.torch, "empty", poisoned)
-
-
-def run(*inputs, **attrs):
-    """The kernel's output, and a failure where it was the reference that answered."""
-    declined = []
-    token = ops.on_decline.set(lambda op, reason: declined.append(reason))
-    try:
-        with interpret():
-            result = torch.ops.trimaran.attention(*inputs, **attrs)
-    finally:
-        ops.on_decline.reset(token)
-    assert not declined, declined
-    return result
+run = partial(run_kernel, "attention")
 
 
 def draw(device, dtype, *shape, scale=1.0, seed=0):

@@ -1,8 +1,10 @@
 """layer_norm: the kernel against fp64, interpreted on the CPU and compiled on a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
-from oracle import assert_close, widened
+from oracle import assert_close, run_kernel, widened
 
 from trimaran.kernels.compiler import compile_launch
 from trimaran.kernels.contract import Device, Tensor
@@ -11,34 +13,10 @@ from trimaran.kernels.layer_norm import layer_norm, layer_norm_reference
 from trimaran.kernels.norms import MAX_COLUMNS, MAX_ROWS
 from trimaran.kernels.plans import make_plan
 from trimaran.kernels.sizes import contiguous_strides
-from trimaran.torch_path import ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(autouse=True)
-def unwritten_outputs_are_nan(monkeypatch):
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(ops.torch, "empty", poisoned)
-
-
-def run(*inputs, **attrs):
-    """The kernel's outputs, and a failure where it was the reference that answered."""
-    declined = []
-    token = ops.on_decline.set(lambda op, reason: declined.append(reason))
-    try:
-        with interpret():
-            result = torch.ops.trimaran.layer_norm(*inputs, **attrs)
-    finally:
-        ops.on_decline.reset(token)
-    assert not declined, declined
-    return result
+run = partial(run_kernel, "layer_norm")
 
 
 def tensors(device, dtype, shape, *, weight=True, bias=True, residual=False, magnitude=1.0):

@@ -1,8 +1,10 @@
 """rms_norm: the kernel against fp64 and the models' own modules, interpreted on the CPU and compiled on a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
-from oracle import assert_close, widened
+from oracle import assert_close, run_kernel, widened
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -16,35 +18,11 @@ from trimaran.kernels.norms import MAX_COLUMNS
 from trimaran.kernels.plans import make_plan
 from trimaran.kernels.rms_norm import rms_norm, rms_norm_reference
 from trimaran.kernels.sizes import contiguous_strides
-from trimaran.torch_path import ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CASTS = ["torch", "llama", "gemma"]
-
-
-@pytest.fixture(autouse=True)
-def unwritten_outputs_are_nan(monkeypatch):
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(ops.torch, "empty", poisoned)
-
-
-def run(*inputs, **attrs):
-    """The kernel's outputs, and a failure where it was the reference that answered."""
-    declined = []
-    token = ops.on_decline.set(lambda op, reason: declined.append(reason))
-    try:
-        with interpret():
-            result = torch.ops.trimaran.rms_norm(*inputs, **attrs)
-    finally:
-        ops.on_decline.reset(token)
-    assert not declined, declined
-    return result
+run = partial(run_kernel, "rms_norm")
 
 
 def tensors(device, dtype, shape, *, weight=True, residual=False, magnitude=1.0):
