@@ -39,6 +39,8 @@ from trimaran.kernels.matmul import (
     check_vectors,
     fetch_early,
     grouped,
+    load_weight,
+    load_x,
     matrix_rows,
     weight_rows,
     weight_sizes,
@@ -82,30 +84,16 @@ def gated_linear_kernel(
 
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    x_ptr += tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride_x
-    present = (column < columns)[None, :]
-    if not TRANSPOSE:
-        gate_ptr += tl.minimum(column, columns - 1).to(tl.int64)[None, :] * stride_gate
-        up_ptr += tl.minimum(column, columns - 1).to(tl.int64)[None, :] * stride_up
     for at in range(0, depth, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
-        if TRANSPOSE:
-            mask = (k < depth)[:, None] & present
-            deep = k.to(tl.int64)[:, None]
-            gate_weight = tl.load(gate_ptr + deep * stride_gate + column[None, :], mask=mask, other=0.0)
-            up_weight = tl.load(up_ptr + deep * stride_up + column[None, :], mask=mask, other=0.0)
-        elif EVEN:
-            gate_weight = tl.load(gate_ptr + k[:, None])
-            up_weight = tl.load(up_ptr + k[:, None])
-        else:
-            gate_weight = tl.load(gate_ptr + k[:, None], mask=(k < depth)[:, None], other=0.0)
-            up_weight = tl.load(up_ptr + k[:, None], mask=(k < depth)[:, None], other=0.0)
-        if EVEN:
-            x = tl.load(x_ptr + k[None, :])
-        else:
-            x = tl.load(x_ptr + k[None, :], mask=(k < depth)[None, :], other=0.0)
-        gate = tl.dot(x, gate_weight, gate, input_precision="ieee")
-        up = tl.dot(x, up_weight, up, input_precision="ieee")
+        x = load_x(x_ptr, stride_x, rows, depth, row, k, EVEN)
+        gate = tl.dot(
+            x, load_weight(gate_ptr, stride_gate, columns, depth, column, k, TRANSPOSE, EVEN), gate,
+            input_precision="ieee",
+        )  # fmt: skip
+        up = tl.dot(
+            x, load_weight(up_ptr, stride_up, columns, depth, column, k, TRANSPOSE, EVEN), up, input_precision="ieee"
+        )
 
     if gate_bias_ptr is not None:
         gate += tl.load(gate_bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
@@ -113,7 +101,7 @@ def gated_linear_kernel(
         up += tl.load(up_bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     out = activated(gate, ACTIVATION) * up
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & present)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
 # Tiles that fit the 99 KiB of shared memory of the smallest supported GPUs (sm_86, sm_120).

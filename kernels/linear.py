@@ -20,6 +20,8 @@ import triton.language as tl
 from trimaran.kernels.activations import ACTIVATIONS, activated, activation_body, activation_reference
 from trimaran.kernels.configs import Row, lookup
 from trimaran.kernels.contract import (
+    ALIGNMENT,
+    ITEMSIZE,
     Attr,
     Device,
     Divisible,
@@ -37,12 +39,13 @@ from trimaran.kernels.matmul import (
     check_vectors,
     fetch_early,
     grouped,
+    load_weight,
+    load_x,
     matrix_rows,
-    multiplied,
     weight_rows,
     weight_sizes,
 )
-from trimaran.kernels.sizes import cdiv, product
+from trimaran.kernels.sizes import cdiv, minimum, product
 
 SUM_BLOCK = 256  # columns that a program of sum_kernel takes
 PARTS = ("", "_1", "_2")  # of the names of weights and biases
@@ -73,6 +76,7 @@ def linear_kernel(
     ACTIVATION: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     EVEN: tl.constexpr,  # depth is a multiple of BLOCK_K
+    ONE: tl.constexpr,  # a program's part of the depth is one block
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,  # launched while the last kernel may still run
     EARLY: tl.constexpr,  # the weights are constant, so they may be read before the last kernel ends
@@ -107,14 +111,22 @@ def linear_kernel(
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, depth)
 
+    k = first + tl.arange(0, BLOCK_K)
     if PDL:
-        if EARLY:
+        if EARLY and ONE:
+            weight = load_weight(weight_ptr, stride_weight, columns, last, column, k, TRANSPOSE, EVEN, ".cg")
+        elif EARLY:
             fetch_early(weight_ptr, stride_weight, columns, depth, column, first, last, TRANSPOSE, BLOCK_K)
         await_inputs()
-    acc = multiplied(
-        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x_ptr, weight_ptr, stride_x, stride_weight, rows, columns, depth, row,
-        column, first, last, TRANSPOSE, EVEN, BLOCK_K,
-    )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if EARLY and ONE:
+        acc = tl.dot(load_x(x_ptr, stride_x, rows, last, row, k, EVEN), weight, acc, input_precision="ieee")
+    else:
+        for at in range(first, last, BLOCK_K):
+            k = at + tl.arange(0, BLOCK_K)
+            x = load_x(x_ptr, stride_x, rows, last, row, k, EVEN)
+            weight = load_weight(weight_ptr, stride_weight, columns, last, column, k, TRANSPOSE, EVEN)
+            acc = tl.dot(x, weight, acc, input_precision="ieee")
 
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = row.to(tl.int64)[:, None] * width + (start + column)[None, :]
@@ -136,6 +148,156 @@ def linear_kernel(
             residual_at = row.to(tl.int64)[:, None] * stride_residual + (start + column)[None, :]
             out += tl.load(residual_ptr + residual_at, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_tile(
+    acc,  # [BLOCK_M, BLOCK_N], of out from row and column on
+    row,
+    column,
+    bias_ptr,
+    residual_ptr,
+    out_blocks,
+    stride_residual,
+    rows,
+    columns,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What follows the product, and its way to memory."""
+    n = column + tl.arange(0, BLOCK_N)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+    acc = activated(acc, ACTIVATION)
+    if residual_ptr is not None:
+        m = row + tl.arange(0, BLOCK_M)
+        residual_at = residual_ptr + m.to(tl.int64)[:, None] * stride_residual + n[None, :]
+        acc += tl.load(residual_at, mask=(m < rows)[:, None] & (n < columns)[None, :], other=0.0).to(tl.float32)
+    out_blocks.store([row, column], acc.to(out_blocks.dtype))
+
+
+@triton.jit
+def tiles_of_weight(
+    x_blocks,  # the descriptor of x
+    weight_ptr,  # as linear_kernel's
+    bias_ptr,
+    residual_ptr,  # from this weight's first column on; so is out
+    out_ptr,
+    stride_weight,
+    stride_residual,
+    rows,
+    columns,
+    width,
+    depth,
+    before,  # tiles of the weights before this one
+    ACTIVATION: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    HALVES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """This program's tiles of one weight: each so many programs, counted over the tiles of all weights. How many tiles
+    there are up to here."""
+    if TRANSPOSE:
+        weight_blocks = tl.make_tensor_descriptor(weight_ptr, [depth, columns], [stride_weight, 1], [BLOCK_K, BLOCK_N])
+    else:
+        weight_blocks = tl.make_tensor_descriptor(weight_ptr, [columns, depth], [stride_weight, 1], [BLOCK_N, BLOCK_K])
+    out_blocks = tl.make_tensor_descriptor(out_ptr, [rows, columns], [width, 1], [BLOCK_M, BLOCK_N // (1 + HALVES)])
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    programs = tl.num_programs(0)
+    first = (tl.program_id(0) + programs - before % programs) % programs
+    for tile in tl.range(first, tiles_m * tiles_n, programs, flatten=FLATTEN, warp_specialize=SPECIALIZE):
+        tile_m, tile_n = grouped(tile, tiles_m, tiles_n, GROUP)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for at in range(0, depth, BLOCK_K):
+            x = x_blocks.load([tile_m * BLOCK_M, at])
+            if TRANSPOSE:
+                weight = weight_blocks.load([at, tile_n * BLOCK_N])
+            else:
+                weight = weight_blocks.load([tile_n * BLOCK_N, at]).T
+            acc = tl.dot(x, weight, acc)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        if HALVES:  # one half after the other needs half the registers and shared memory
+            width_2: tl.constexpr = BLOCK_N // 2
+            left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, width_2]), [0, 2, 1]))
+            store_tile(
+                left, row, column, bias_ptr, residual_ptr, out_blocks, stride_residual, rows, columns, ACTIVATION,
+                BLOCK_M, width_2,
+            )  # fmt: skip
+            store_tile(
+                right, row, column + width_2, bias_ptr, residual_ptr, out_blocks, stride_residual, rows, columns,
+                ACTIVATION, BLOCK_M, width_2,
+            )  # fmt: skip
+        else:
+            store_tile(
+                acc, row, column, bias_ptr, residual_ptr, out_blocks, stride_residual, rows, columns, ACTIVATION,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+    return before + tiles_m * tiles_n
+
+
+@triton.jit
+def linear_tma_kernel(
+    x_ptr,  # all as linear_kernel's, and every row starts on a multiple of 16 bytes
+    weight_ptr,
+    weight_1_ptr,
+    weight_2_ptr,
+    bias_ptr,
+    bias_1_ptr,
+    bias_2_ptr,
+    residual_ptr,
+    out_ptr,
+    stride_x,
+    stride_weight,
+    stride_weight_1,
+    stride_weight_2,
+    stride_residual,
+    rows,
+    columns,
+    columns_1,
+    columns_2,
+    width,
+    depth,
+    ACTIVATION: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    PDL: tl.constexpr,
+    SPECIALIZE: tl.constexpr,  # warps that load, apart from those that multiply
+    FLATTEN: tl.constexpr,  # loads of a tile start while the last one is finished
+    HALVES: tl.constexpr,  # a tile is finished and stored in two halves
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Blocks move by tensor descriptors. As many programs as run at once, each with every so manieth tile: grid =
+    # (at most the number of multiprocessors times programs on each,). Descriptors are written to memory that the last
+    # kernel may still use, so even they wait.
+    if PDL:
+        await_inputs()
+    x_blocks = tl.make_tensor_descriptor(x_ptr, [rows, depth], [stride_x, 1], [BLOCK_M, BLOCK_K])
+    tiles = tiles_of_weight(
+        x_blocks, weight_ptr, bias_ptr, residual_ptr, out_ptr, stride_weight, stride_residual, rows, columns, width,
+        depth, 0, ACTIVATION, TRANSPOSE, SPECIALIZE, FLATTEN, HALVES, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if weight_1_ptr is not None:
+        start = columns
+        tiles = tiles_of_weight(
+            x_blocks, weight_1_ptr, bias_1_ptr, None if residual_ptr is None else residual_ptr + start, out_ptr + start,
+            stride_weight_1, stride_residual, rows, columns_1, width, depth, tiles, ACTIVATION, TRANSPOSE, SPECIALIZE,
+            FLATTEN, HALVES, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    if weight_2_ptr is not None:
+        start = columns + columns_1
+        tiles_of_weight(
+            x_blocks, weight_2_ptr, bias_2_ptr, None if residual_ptr is None else residual_ptr + start, out_ptr + start,
+            stride_weight_2, stride_residual, rows, columns_2, width, depth, tiles, ACTIVATION, TRANSPOSE, SPECIALIZE,
+            FLATTEN, HALVES, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -217,33 +379,44 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
 
 def launches(inputs: Any, out: Tensor | Scratch, width: Any, attrs: Any, device: Device) -> list[Launch]:
     """The launches that write [rows, width] to `out`."""
-    x, residual = inputs.x, inputs.residual
+    x = inputs.x
     rows, depth = product(x.shape[:-1]), x.shape[-1]
     check_device("linear", device, rows)
     check_vectors(inputs, "bias", "bias_1", "bias_2")
     table = HOPPER if device.capability == 90 and x.dtype != "float32" else CONFIGS
-    config = dict(lookup(table, dtype=x.dtype, rows=rows, columns=width, depth=depth))
+    facts = {"dtype": x.dtype, "rows": rows, "columns": width, "depth": depth}
+    config = dict(lookup(table, **facts))
+    if "PER_SM" in config and not descriptors_fit(inputs, out, attrs.transpose_weight):
+        config = dict(lookup(CONFIGS, **facts))
     split = config.pop("SPLIT", 1) if inputs.weight_1 is None else 1
-    activation, transpose = attrs.activation, attrs.transpose_weight
-    pdl = device.capability >= 90
-    if split == 1:
-        return [tile_launch(inputs, out, residual, activation, transpose, config, 1, pdl)]
+    if split > 1:
+        return split_launches(inputs, out, attrs, config, split, device)
+    return [tile_launch(inputs, out, inputs.residual, attrs, config, device)]
+
+
+def split_launches(
+    inputs: Any, out: Tensor | Scratch, attrs: Any, config: dict[str, int], split: int, device: Device
+) -> list[Launch]:
+    """Sums of parts of the depth, each by programs of their own, and a kernel that adds them in their order."""
+    width = inputs.weight.shape[1 if attrs.transpose_weight else 0]
+    rows = product(inputs.x.shape[:-1])
     parts = Scratch("float32", rows * width * split)
+    pdl = device.capability >= 90
     return [
-        tile_launch(inputs, parts, None, "none", transpose, config, split, pdl),
+        tile_launch(inputs, parts, None, attrs, config, device, split),
         Launch(
             sum_kernel,
             grid=(rows, cdiv(width, SUM_BLOCK)),
             args={
                 "parts_ptr": parts,
                 "bias_ptr": inputs.bias,
-                "residual_ptr": residual,
-                "stride_residual": residual_rows(residual),
+                "residual_ptr": inputs.residual,
+                "stride_residual": residual_rows(inputs.residual),
                 "out_ptr": out,
                 "rows": rows,
                 "width": Divisible(width),
             },
-            constexprs={"ACTIVATION": activation, "SPLIT": split, "PDL": pdl, "BLOCK": SUM_BLOCK},
+            constexprs={"ACTIVATION": attrs.activation, "SPLIT": split, "PDL": pdl, "BLOCK": SUM_BLOCK},
             options={"num_warps": 2, "launch_pdl": pdl},
         ),
     ]
@@ -257,14 +430,14 @@ def tile_launch(
     inputs: Any,
     out: Tensor | Scratch,
     residual: Tensor | None,
-    activation: str,
-    transpose: bool,
+    attrs: Any,
     config: dict[str, int],
-    split: int,
-    pdl: bool,
+    device: Device,
+    split: int = 1,
 ) -> Launch:
-    """The launch of linear_kernel; where the depth is split it writes only sums, to scratch."""
-    x, rows, depth = inputs.x, product(inputs.x.shape[:-1]), inputs.x.shape[-1]
+    """The launch of linear_kernel, or of linear_tma_kernel; where the depth is split it writes sums to scratch."""
+    x, transpose = inputs.x, attrs.transpose_weight
+    rows, depth = product(x.shape[:-1]), x.shape[-1]
     options = dict(config)
     blocks = {name: options.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     args: dict[str, Any] = {}
@@ -278,33 +451,47 @@ def tile_launch(
             f"stride_weight{part}": Divisible(weight_rows(f"weight{part}", weight)),
             f"columns{part}": columns,
         }
-        tiles, width = cdiv(columns, blocks["BLOCK_N"]) + tiles, columns + width
-    return Launch(
-        linear_kernel,
-        grid=(cdiv(rows, blocks["BLOCK_M"]) * tiles, split),
-        args={
-            **args,
-            "x_ptr": x,
-            "residual_ptr": residual,
-            "out_ptr": out,
-            "stride_x": Divisible(matrix_rows("x", x)),
-            "stride_residual": residual_rows(residual),
-            "rows": rows,
-            "width": Divisible(width),
-            "depth": depth,
-        },
-        constexprs={
-            "ACTIVATION": activation,
-            "TRANSPOSE": transpose,
-            "EVEN": bool(depth % blocks["BLOCK_K"] == 0),
-            "SPLIT": split,
-            "PDL": pdl,
-            "EARLY": pdl and all(weight is None or weight.constant for _, weight, _ in weights_of(inputs)),
-            "GROUP": options.pop("GROUP", 8),
-            **blocks,
-        },
-        options={**options, "launch_pdl": pdl},
-    )
+        tiles, width = cdiv(rows, blocks["BLOCK_M"]) * cdiv(columns, blocks["BLOCK_N"]) + tiles, columns + width
+    args |= {
+        "x_ptr": x,
+        "residual_ptr": residual,
+        "out_ptr": out,
+        "stride_x": Divisible(matrix_rows("x", x)),
+        "stride_residual": residual_rows(residual),
+        "rows": rows,
+        "width": Divisible(width),
+        "depth": depth,
+    }
+    pdl = device.capability >= 90
+    constexprs = {
+        "ACTIVATION": attrs.activation if split == 1 else "none",
+        "TRANSPOSE": transpose,
+        "PDL": pdl,
+        "GROUP": options.pop("GROUP", 8),
+        **blocks,
+    }
+    if "PER_SM" in options:
+        programs = minimum(tiles, device.sm_count * options.pop("PER_SM"))
+        loops = {name: bool(options.pop(name, 0)) for name in ("SPECIALIZE", "FLATTEN", "HALVES")}
+        return Launch(linear_tma_kernel, (programs,), args, constexprs | loops, {**options, "launch_pdl": pdl})
+    constexprs |= {
+        "EVEN": bool(depth % blocks["BLOCK_K"] == 0),
+        "ONE": bool(depth <= split * blocks["BLOCK_K"]),
+        "SPLIT": split,
+        "EARLY": pdl and all(weight is None or weight.constant for _, weight, _ in weights_of(inputs)),
+    }
+    return Launch(linear_kernel, (tiles, split), args, constexprs, {**options, "launch_pdl": pdl})
+
+
+def descriptors_fit(inputs: Any, out: Tensor | Scratch, transpose: bool) -> bool:
+    """Whether the hardware's tensor descriptors can move these: every row starts on a multiple of 16 bytes."""
+    steps = [(inputs.x, matrix_rows("x", inputs.x))]
+    for part, weight, _ in weights_of(inputs):
+        if weight is not None:
+            columns = weight.shape[1 if transpose else 0]
+            steps += [(weight, weight_rows(f"weight{part}", weight)), (weight, columns)]
+    aligned = isinstance(out, Scratch) or out.aligned
+    return aligned and all(t.aligned and step * ITEMSIZE[t.dtype] % ALIGNMENT == 0 for t, step in steps)
 
 
 def linear_reference(

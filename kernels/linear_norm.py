@@ -140,9 +140,8 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
         return one_after_the_other(inputs, outputs, attrs, device)
     pdl = device.capability >= 90
     parts = Scratch("float32", rows * columns * split)
-    multiply = linear_layer.tile_launch(
-        linear_inputs(inputs), parts, None, "none", attrs.transpose_weight, config, split, pdl
-    )
+    own = SimpleNamespace(activation="none", transpose_weight=attrs.transpose_weight)
+    multiply = linear_layer.tile_launch(linear_inputs(inputs), parts, None, own, config, device, split)
     finish = Launch(
         sum_norm_kernel,
         grid=(rows if columns > 0 else 0,),

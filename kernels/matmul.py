@@ -57,42 +57,32 @@ def await_inputs():
 
 
 @triton.jit
-def multiplied(
-    acc,  # [BLOCK_M, BLOCK_N] fp32
-    x_ptr,  # [rows, depth]
-    weight_ptr,  # [columns, depth], or [depth, columns] where TRANSPOSE
-    stride_x,
-    stride_weight,
-    rows,
-    columns,
-    depth,
-    row,  # [BLOCK_M]
-    column,  # [BLOCK_N]
-    first,  # depths first .. last are summed
-    last,
-    TRANSPOSE: tl.constexpr,
-    EVEN: tl.constexpr,  # depth is a multiple of BLOCK_K
-    BLOCK_K: tl.constexpr,
+def load_x(x_ptr, stride, rows, depth, row, k, EVEN: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] of x [rows, depth], zero beyond the depth unless EVEN; rows beyond the last repeat it."""
+    pointers = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride + k[None, :]
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(k < depth)[None, :], other=0.0)
+
+
+@triton.jit
+def load_weight(
+    weight_ptr, stride, columns, depth, column, k, TRANSPOSE: tl.constexpr, EVEN: tl.constexpr, CACHE: tl.constexpr = ""
 ):
-    """acc + x W^T over some depths. Rows and columns that are not there repeat the last one or are zero."""
-    x_ptr += tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride_x
-    if not TRANSPOSE:
-        weight_ptr += tl.minimum(column, columns - 1).to(tl.int64)[None, :] * stride_weight
-    for at in range(first, last, BLOCK_K):
-        k = at + tl.arange(0, BLOCK_K)
+    """[BLOCK_K, BLOCK_N] of W^T, zero beyond the depth unless EVEN. W is [columns, depth], or [depth, columns] where
+    TRANSPOSE; columns beyond the last are zero or repeat it. CACHE ".cg": past the L1, which may be older."""
+    if TRANSPOSE:
+        pointers = weight_ptr + k.to(tl.int64)[:, None] * stride + column[None, :]
+        return tl.load(
+            pointers, mask=(k < depth)[:, None] & (column < columns)[None, :], other=0.0, cache_modifier=CACHE
+        )
+    else:
+        pointers = weight_ptr + tl.minimum(column, columns - 1).to(tl.int64)[None, :] * stride + k[:, None]
         if EVEN:
-            x = tl.load(x_ptr + k[None, :])
+            return tl.load(pointers, cache_modifier=CACHE)
         else:
-            x = tl.load(x_ptr + k[None, :], mask=k[None, :] < depth, other=0.0)
-        if TRANSPOSE:
-            weight_at = weight_ptr + k.to(tl.int64)[:, None] * stride_weight + column[None, :]
-            weight = tl.load(weight_at, mask=(k[:, None] < depth) & (column[None, :] < columns), other=0.0)
-        elif EVEN:
-            weight = tl.load(weight_ptr + k[:, None])
-        else:
-            weight = tl.load(weight_ptr + k[:, None], mask=k[:, None] < depth, other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision="ieee")
-    return acc
+            return tl.load(pointers, mask=(k < depth)[:, None], other=0.0, cache_modifier=CACHE)
 
 
 def matrix_rows(name: str, tensor: Tensor) -> Any:
