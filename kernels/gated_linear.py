@@ -88,11 +88,14 @@ def gated_linear_kernel(
         k = at + tl.arange(0, BLOCK_K)
         x = load_x(x_ptr, stride_x, rows, depth, row, k, EVEN)
         gate = tl.dot(
-            x, load_weight(gate_ptr, stride_gate, columns, depth, column, k, TRANSPOSE, EVEN), gate,
+            x, load_weight(gate_ptr, stride_gate, columns, depth, column, k, TRANSPOSE, EVEN, ""), gate,
             input_precision="ieee",
         )  # fmt: skip
         up = tl.dot(
-            x, load_weight(up_ptr, stride_up, columns, depth, column, k, TRANSPOSE, EVEN), up, input_precision="ieee"
+            x,
+            load_weight(up_ptr, stride_up, columns, depth, column, k, TRANSPOSE, EVEN, ""),
+            up,
+            input_precision="ieee",
         )
 
     if gate_bias_ptr is not None:

@@ -125,7 +125,7 @@ def linear_kernel(
         for at in range(first, last, BLOCK_K):
             k = at + tl.arange(0, BLOCK_K)
             x = load_x(x_ptr, stride_x, rows, last, row, k, EVEN)
-            weight = load_weight(weight_ptr, stride_weight, columns, last, column, k, TRANSPOSE, EVEN)
+            weight = load_weight(weight_ptr, stride_weight, columns, last, column, k, TRANSPOSE, EVEN, "")
             acc = tl.dot(x, weight, acc, input_precision="ieee")
 
     inside = (row < rows)[:, None] & (column < columns)[None, :]
