@@ -183,7 +183,7 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
                 "stride_up": Divisible(weight_rows("up_weight", up)),
                 "rows": rows,
                 "columns": Divisible(columns),
-                "depth": depth,
+                "depth": Divisible(depth),
             },
             constexprs={
                 "ACTIVATION": attrs.activation,

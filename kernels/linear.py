@@ -114,18 +114,18 @@ def linear_kernel(
     k = first + tl.arange(0, BLOCK_K)
     if PDL:
         if EARLY and ONE:
-            weight = load_weight(weight_ptr, stride_weight, columns, last, column, k, TRANSPOSE, EVEN, ".cg")
+            weight = load_weight(weight_ptr, stride_weight, columns, depth, column, k, TRANSPOSE, EVEN, ".cg")
         elif EARLY:
             fetch_early(weight_ptr, stride_weight, columns, depth, column, first, last, TRANSPOSE, BLOCK_K)
         await_inputs()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if EARLY and ONE:
-        acc = tl.dot(load_x(x_ptr, stride_x, rows, last, row, k, EVEN), weight, acc, input_precision="ieee")
+        acc = tl.dot(load_x(x_ptr, stride_x, rows, depth, row, k, EVEN), weight, acc, input_precision="ieee")
     else:
         for at in range(first, last, BLOCK_K):
             k = at + tl.arange(0, BLOCK_K)
-            x = load_x(x_ptr, stride_x, rows, last, row, k, EVEN)
-            weight = load_weight(weight_ptr, stride_weight, columns, last, column, k, TRANSPOSE, EVEN, "")
+            x = load_x(x_ptr, stride_x, rows, depth, row, k, EVEN)
+            weight = load_weight(weight_ptr, stride_weight, columns, depth, column, k, TRANSPOSE, EVEN, "")
             acc = tl.dot(x, weight, acc, input_precision="ieee")
 
     inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -460,7 +460,7 @@ def tile_launch(
         "stride_residual": residual_rows(residual),
         "rows": rows,
         "width": Divisible(width),
-        "depth": depth,
+        "depth": Divisible(depth),
     }
     pdl = device.capability >= 90
     constexprs = {
