@@ -449,7 +449,7 @@ def tile_launch(
             f"weight{part}_ptr": weight,
             f"bias{part}_ptr": bias if split == 1 else None,
             f"stride_weight{part}": Divisible(weight_rows(f"weight{part}", weight)),
-            f"columns{part}": columns,
+            f"columns{part}": Divisible(columns),
         }
         tiles, width = cdiv(rows, blocks["BLOCK_M"]) * cdiv(columns, blocks["BLOCK_N"]) + tiles, columns + width
     args |= {
