@@ -20,8 +20,6 @@ import triton.language as tl
 from trimaran.kernels.activations import ACTIVATIONS, activated, activation_body, activation_reference
 from trimaran.kernels.configs import Row, lookup
 from trimaran.kernels.contract import (
-    ALIGNMENT,
-    ITEMSIZE,
     Attr,
     Device,
     Divisible,
@@ -37,6 +35,7 @@ from trimaran.kernels.matmul import (
     await_inputs,
     check_device,
     check_vectors,
+    descriptors_fit,
     fetch_early,
     grouped,
     load_weight,
@@ -220,7 +219,7 @@ def tiles_of_weight(
                 weight = weight_blocks.load([at, tile_n * BLOCK_N])
             else:
                 weight = weight_blocks.load([tile_n * BLOCK_N, at]).T
-            acc = tl.dot(x, weight, acc)
+            acc = tl.dot(x, weight, acc, input_precision="ieee")
         row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
         if HALVES:  # one half after the other needs half the registers and shared memory
             width_2: tl.constexpr = BLOCK_N // 2
@@ -386,7 +385,8 @@ def launches(inputs: Any, out: Tensor | Scratch, width: Any, attrs: Any, device:
     table = HOPPER if device.capability == 90 and x.dtype != "float32" else CONFIGS
     facts = {"dtype": x.dtype, "rows": rows, "columns": width, "depth": depth}
     config = dict(lookup(table, **facts))
-    if "PER_SM" in config and not descriptors_fit(inputs, out, attrs.transpose_weight):
+    weights = [weight for _, weight, _ in weights_of(inputs) if weight is not None]
+    if "PER_SM" in config and not descriptors_fit(x, weights, out, attrs.transpose_weight):
         config = dict(lookup(CONFIGS, **facts))
     split = config.pop("SPLIT", 1) if inputs.weight_1 is None else 1
     if split > 1:
@@ -481,17 +481,6 @@ def tile_launch(
         "EARLY": pdl and all(weight is None or weight.constant for _, weight, _ in weights_of(inputs)),
     }
     return Launch(linear_kernel, (tiles, split), args, constexprs, {**options, "launch_pdl": pdl})
-
-
-def descriptors_fit(inputs: Any, out: Tensor | Scratch, transpose: bool) -> bool:
-    """Whether the hardware's tensor descriptors can move these: every row starts on a multiple of 16 bytes."""
-    steps = [(inputs.x, matrix_rows("x", inputs.x))]
-    for part, weight, _ in weights_of(inputs):
-        if weight is not None:
-            columns = weight.shape[1 if transpose else 0]
-            steps += [(weight, weight_rows(f"weight{part}", weight)), (weight, columns)]
-    aligned = isinstance(out, Scratch) or out.aligned
-    return aligned and all(t.aligned and step * ITEMSIZE[t.dtype] % ALIGNMENT == 0 for t, step in steps)
 
 
 def linear_reference(
