@@ -135,14 +135,13 @@ def gated_linear_tma_kernel(
     # wait. As many programs as run at once, each with every so manieth tile.
     if PDL:
         await_inputs()
-    weight_block: tl.constexpr = [BLOCK_K, BLOCK_N] if TRANSPOSE else [BLOCK_N, BLOCK_K]
     x_blocks = tl.make_tensor_descriptor(x_ptr, [rows, depth], [stride_x, 1], [BLOCK_M, BLOCK_K])
     if TRANSPOSE:
-        gate_blocks = tl.make_tensor_descriptor(gate_ptr, [depth, columns], [stride_gate, 1], weight_block)
-        up_blocks = tl.make_tensor_descriptor(up_ptr, [depth, columns], [stride_up, 1], weight_block)
+        gate_blocks = tl.make_tensor_descriptor(gate_ptr, [depth, columns], [stride_gate, 1], [BLOCK_K, BLOCK_N])
+        up_blocks = tl.make_tensor_descriptor(up_ptr, [depth, columns], [stride_up, 1], [BLOCK_K, BLOCK_N])
     else:
-        gate_blocks = tl.make_tensor_descriptor(gate_ptr, [columns, depth], [stride_gate, 1], weight_block)
-        up_blocks = tl.make_tensor_descriptor(up_ptr, [columns, depth], [stride_up, 1], weight_block)
+        gate_blocks = tl.make_tensor_descriptor(gate_ptr, [columns, depth], [stride_gate, 1], [BLOCK_N, BLOCK_K])
+        up_blocks = tl.make_tensor_descriptor(up_ptr, [columns, depth], [stride_up, 1], [BLOCK_N, BLOCK_K])
     out_blocks = tl.make_tensor_descriptor(out_ptr, [rows, columns], [columns, 1], [BLOCK_M, BLOCK_N])
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
