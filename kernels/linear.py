@@ -74,7 +74,7 @@ def linear_kernel(
     depth,
     ACTIVATION: tl.constexpr,
     TRANSPOSE: tl.constexpr,
-    EVEN: tl.constexpr,  # depth is a multiple of BLOCK_K
+    EVEN: tl.constexpr,  # no block reaches beyond the depth
     ONE: tl.constexpr,  # a program's part of the depth is one block
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,  # launched while the last kernel may still run
@@ -474,9 +474,10 @@ def tile_launch(
         programs = minimum(tiles, device.sm_count * options.pop("PER_SM"))
         loops = {name: bool(options.pop(name, 0)) for name in ("SPECIALIZE", "FLATTEN", "HALVES")}
         return Launch(linear_tma_kernel, (programs,), args, constexprs | loops, {**options, "launch_pdl": pdl})
+    one = bool(depth <= split * blocks["BLOCK_K"])
     constexprs |= {
-        "EVEN": bool(depth % blocks["BLOCK_K"] == 0),
-        "ONE": bool(depth <= split * blocks["BLOCK_K"]),
+        "EVEN": bool(depth == split * blocks["BLOCK_K"] if one else depth % blocks["BLOCK_K"] == 0),
+        "ONE": one,
         "SPLIT": split,
         "EARLY": pdl and all(weight is None or weight.constant for _, weight, _ in weights_of(inputs)),
     }

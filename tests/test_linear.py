@@ -117,6 +117,18 @@ def test_a_depth_in_parts(device, tile, split, depth):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("depth", [0, 32, 64, 80, 96, 200])
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_constant_weights(device, tile, depth, split, transpose):
+    """Read early, in one block or by bringing them into the cache, where the kernels are compiled for Hopper."""
+    tile(SPLIT=split)
+    inputs = tensors(device, torch.float16, (2, 13, depth), 48, transpose=transpose)
+    inputs[1] = torch.nn.Parameter(inputs[1])
+    check(inputs, transpose_weight=transpose)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("halves", [0, 1])
 @pytest.mark.parametrize("columns", [40, (64, 8, 80)])
