@@ -9,14 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from trimaran.benchmarks import attention, kernels, linear, machine, norms, report
+from trimaran.benchmarks import attention, kernels, linear, machine, norms, report, rotary
 from trimaran.benchmarks.cases import Case
 from trimaran.benchmarks.gate import allowed, error_of
 from trimaran.benchmarks.measure import Armed, Contender, HostWatch, Timing, compare, copies_for, percentile
 from trimaran.cli import app
 
 CPU = torch.device("cpu")
-QUICK = ["layer_norm", "attention", "linear", "gated_linear", "layer"]
+QUICK = ["layer_norm", "attention", "linear", "gated_linear", "rotary_embedding", "layer"]
 EXACT = torch.linspace(1, 2, 1000, dtype=torch.float64)
 
 
@@ -236,6 +236,7 @@ def test_only_useful_work_is_counted() -> None:
     assert linear.Shape(2, 3, 4, "gelu").flop() == linear.Shape(2, 3, 4, "qkv").flop() == 2 * 24
     assert linear.Shape(2, 3, 4, "swiglu").flop() == 4 * 24
     assert linear.Layer(2, 4, hidden=8, wide=16).flop() == 2 * 8 * (4 * 64 + 2 * 128) + 4 * 8 * 4 * 8
+    assert rotary.Shape(2, 4, 1, 8, 16).moved(torch.float16) == 2 * 8 * 16 * (2 * 2 * 5 + 2)
     assert norms.moved("layer_norm", 10, 8, False, torch.float16) == 2 * (2 * 80 + 16)
     assert norms.moved("rms_norm", 10, 8, True, torch.float16) == 2 * (4 * 80 + 8)
 
