@@ -39,6 +39,8 @@ def variants(device: torch.device) -> Iterator[tuple[str, Call]]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield from _attention(device, dtype)
         yield from _norms(device, dtype)
+        yield from _linears(device, dtype)
+        yield from _rotary(device, dtype)
 
 
 def _draw(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -78,6 +80,40 @@ def _norms(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Call
         yield f"layer_norm {title}", _call("layer_norm", bias=bias, **both)
         yield f"layer_norm {title} bare", _call("layer_norm", x=x, eps=1e-5)
         yield f"rms_norm {title}", _call("rms_norm", **both)
+
+
+def _linears(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    """Few rows (split depth), many (blocks by descriptors), depths and widths that no block divides."""
+    for rows, depth, columns in ((16, 768, 768), (16, 3072, 768), (128, 768, 3072), (200, 72, 200), (4100, 768, 768)):
+        x = _draw(device, dtype, rows, depth)
+        weights = [_draw(device, dtype, columns, depth, seed=seed) * depth**-0.5 for seed in range(3)]
+        parameters = [torch.nn.Parameter(weight, requires_grad=False) for weight in weights]
+        bias, residual = _draw(device, dtype, columns), _draw(device, dtype, rows, columns)
+        title = f"{dtype} {rows}x{depth}x{columns}".replace("torch.", "")
+        given = {"x": x, "bias": bias}
+        yield f"linear {title}", _call("linear", **given, weight=weights[0], activation="gelu", residual=residual)
+        yield f"linear {title} parameter", _call("linear", **given, weight=parameters[0], residual=residual)
+        yield (
+            f"linear {title} transposed",
+            _call("linear", x=x, weight=weights[0].T.contiguous(), transpose_weight=True),
+        )
+        three = {"weight": parameters[0], "weight_1": parameters[1], "weight_2": parameters[2]}
+        yield f"linear {title} three", _call("linear", **given, **three)
+        gate = {"gate_weight": parameters[0], "up_weight": parameters[1]}
+        yield f"gated_linear {title}", _call("gated_linear", x=x, **gate, activation="silu")
+        norm = {"norm_weight": bias, "norm_bias": bias, "eps": 1e-5, "norm": "layer"}
+        if columns <= 1024 and rows <= 200:
+            yield f"linear_norm {title}", _call("linear_norm", **given, weight=parameters[0], residual=residual, **norm)
+
+
+def _rotary(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    q, k = _draw(device, dtype, 2, 4, 33, 64), _draw(device, dtype, 2, 2, 33, 64)
+    cos, sin = (_draw(device, dtype, 50, 64, seed=seed) for seed in (1, 2))
+    positions = torch.arange(33, device=device).expand(2, 33).contiguous()
+    for interleaved in (False, True):
+        title = f"rotary_embedding {dtype} {'interleaved' if interleaved else 'half'}".replace("torch.", "")
+        given = {"q": q, "k": k, "cos": cos, "sin": sin, "positions": positions, "interleaved": interleaved}
+        yield title, _call("rotary_embedding", **given)
 
 
 def _call(op: str, **given: Any) -> Call:
