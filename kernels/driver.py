@@ -15,8 +15,9 @@ from typing import Any
 from trimaran.kernels.compiler import Binary, compile_launch
 from trimaran.kernels.contract import Device
 from trimaran.kernels.plans import PlannedLaunch
+from trimaran.kernels.programs import Loaded
 
-_CTYPES = {
+PARAMETER_TYPES = {
     "i32": ctypes.c_int32,
     "i64": ctypes.c_int64,
     "fp32": ctypes.c_float,
@@ -26,18 +27,36 @@ _MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTE
 _COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6  # CUlaunchAttributeID
 
 
-class _Attribute(ctypes.Structure):
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute"""
+
     _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint32 * 16)]
 
 
-class _Config(ctypes.Structure):
+class Config(ctypes.Structure):
+    """CUlaunchConfig"""
+
     _fields_ = [
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attributes", ctypes.POINTER(Attribute)),
         ("attribute_count", ctypes.c_uint),
+    ]
+
+
+class Functions(ctypes.Structure):
+    """Addresses for a launcher that is not written in Python: the driver's functions, or stand-ins of the same
+    signatures, and the context to be in (all null where there are no contexts)."""
+
+    _fields_ = [
+        ("launch", ctypes.c_void_p),  # cuLaunchKernelEx
+        ("zero", ctypes.c_void_p),  # cuMemsetD8Async
+        ("get_context", ctypes.c_void_p),
+        ("push_context", ctypes.c_void_p),
+        ("pop_context", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
     ]
 
 
@@ -62,9 +81,14 @@ def call(name: str, *arguments: Any) -> None:
     library = _library()
     status = getattr(library, name)(*arguments)
     if status:
-        text = ctypes.c_char_p()
-        library.cuGetErrorString(status, ctypes.byref(text))
-        raise CudaError(f"{name}: {(text.value or b'unknown error').decode()} (CUresult {status})")
+        raise error(name, status)
+
+
+def error(name: str, status: int) -> CudaError:
+    """What a driver function's CUresult means."""
+    text = ctypes.c_char_p()
+    _library().cuGetErrorString(status, ctypes.byref(text))
+    return CudaError(f"{name}: {(text.value or b'unknown error').decode()} (CUresult {status})")
 
 
 @functools.cache
@@ -121,6 +145,35 @@ class Driver:
             if pushed:
                 call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
+    def load(self, launch: PlannedLaunch) -> Loaded:
+        """The launch's kernel, compiled and loaded, for launchers that are not written in Python."""
+        pushed = self._push()
+        try:
+            function = self._function(launch)
+        finally:
+            if pushed:
+                call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+        binary = function.binary
+        return Loaded(
+            function.handle,
+            binary.threads,
+            binary.shared,
+            binary.num_ctas,
+            binary.global_scratch,
+            launch_attributes(binary),
+        )
+
+    @functools.cached_property
+    def functions(self) -> Functions:
+        names = ("LaunchKernelEx", "MemsetD8Async", "CtxGetCurrent", "CtxPushCurrent_v2", "CtxPopCurrent_v2")
+        library = _library()
+        addresses = [ctypes.cast(getattr(library, f"cu{name}"), ctypes.c_void_p).value for name in names]
+        return Functions(*addresses, self._context.value)
+
+    def failure(self, status: int) -> CudaError:
+        """What went wrong in one of `functions`."""
+        return error("launching", status)
+
     def _push(self) -> bool:
         """Make this device's context current, where a thread has none or that of another device; whether that was
         needed."""
@@ -147,7 +200,7 @@ class Driver:
             if binary.shared > 48 * 1024:
                 call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_MEMORY, binary.shared)
             self._loaded[id(binary)] = (binary, function.value or 0)
-        types = [ctypes.c_uint64 if param.place else _CTYPES[param.type] for param in launch.params]
+        types = [ctypes.c_uint64 if param.place else PARAMETER_TYPES[param.type] for param in launch.params]
         return _Function(self._loaded[id(binary)][1], binary, [*types, ctypes.c_uint64, ctypes.c_uint64])
 
 
@@ -156,19 +209,13 @@ class _Function:
 
     def __init__(self, handle: int, binary: Binary, types: list[Any]) -> None:
         self.handle, self.binary, self.types = handle, binary, types
-        attributes = []
-        if binary.launch_cooperative_grid:
-            attributes.append(_attribute(_COOPERATIVE, 1))
-        if binary.num_ctas > 1:
-            attributes.append(_attribute(_CLUSTER_DIMENSION, binary.num_ctas, 1, 1))
-        if binary.launch_pdl:
-            attributes.append(_attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1))
-        self.attributes = (_Attribute * len(attributes))(*attributes)
+        attributes = [Attribute(id=number, value=words) for number, words in launch_attributes(binary)]
+        self.attributes = (Attribute * len(attributes))(*attributes)
 
     def __call__(self, grid: tuple[int, int, int], arguments: list[Any], stream: int) -> None:
         values = [convert(argument) for convert, argument in zip(self.types, arguments, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        config = _Config(
+        config = Config(
             grid=(grid[0] * self.binary.num_ctas, grid[1], grid[2]),
             block=(self.binary.threads, 1, 1),
             shared=self.binary.shared,
@@ -187,5 +234,13 @@ def _primary_context(index: int) -> ctypes.c_void_p:
     return context
 
 
-def _attribute(identity: int, *values: int) -> _Attribute:
-    return _Attribute(id=identity, value=values)
+def launch_attributes(binary: Binary) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """(CUlaunchAttributeID, words of its value) for each option that is one."""
+    found: list[tuple[int, tuple[int, ...]]] = []
+    if binary.launch_cooperative_grid:
+        found.append((_COOPERATIVE, (1,)))
+    if binary.num_ctas > 1:
+        found.append((_CLUSTER_DIMENSION, (binary.num_ctas, 1, 1)))
+    if binary.launch_pdl:
+        found.append((_PROGRAMMATIC_STREAM_SERIALIZATION, (1,)))
+    return tuple(found)

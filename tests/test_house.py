@@ -86,6 +86,7 @@ def test_info_tells_what_is_here() -> None:
     assert bool(found["devices"]) != bool(found["no_devices"])
     assert "CPUExecutionProvider" in found["providers"]
     assert {"attention", "layer_norm"} <= {op["name"] for op in found["ops"]}
+    assert found["hot_path"].split(",")[0].split(" by ")[0] in ("prebuilt", "compiled", "none")
     for op in found["ops"]:
         runtimes = {registration["runtime"]: registration for registration in op["registrations"]}
         assert runtimes["torch"]["registered"], runtimes["torch"]["reason"]

@@ -29,7 +29,7 @@ from trimaran.kernels.contract import Attr, Divisible, Input, Launch, Op, Output
 from trimaran.kernels.interpreter import Interpreter, interpret
 from trimaran.kernels.layer_norm import layer_norm
 from trimaran.kernels.plans import PlanCache
-from trimaran.ort_ops import custom_op, stub_library
+from trimaran.ort_ops import custom_op, kernel, stub_library
 from trimaran.ort_ops.domain import TRIMARAN, Domain
 from trimaran.ort_ops.session import ort_session, register
 
@@ -51,6 +51,19 @@ PROVIDERS = [CPU, pytest.param(CUDA, marks=pytest.mark.gpu)]
 def interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
     with interpret(request.node.get_closest_marker("gpu") is None):
         yield
+
+
+@pytest.fixture(params=["c", "ctypes"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes run by the C hot path, and by what serves where there is none."""
+    if request.param == "ctypes":
+        through_ctypes(monkeypatch)
+
+
+def through_ctypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(custom_op, "compute_address", lambda op: 0)
+    for domain in (TRIMARAN, MINE):
+        monkeypatch.setattr(domain, "_pointers", {})  # structs are made anew
 
 
 # Models of one node
@@ -228,6 +241,14 @@ def test_an_op_computes_what_its_reference_does(case: Case, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_an_op_computes_the_same_through_ctypes(case: Case, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    through_ctypes(monkeypatch)
+    check(case, torch.float16, provider)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["rows_everything", "norm_sum"])
 def test_memory_that_is_not_aligned(name: str, dtype: torch.dtype, provider: str) -> None:
@@ -353,6 +374,7 @@ def failure(call: Any) -> str:
     return "\n".join([f"{caught.value.__class__.__name__}: {caught.value}", *getattr(caught.value, "__notes__", [])])
 
 
+@pytest.mark.usefixtures("path")
 def test_shapes_that_disagree_and_the_session_works_on() -> None:
     case = CASES["rows_lengths"]
     inputs = tensors(case, torch.float32)
@@ -412,6 +434,7 @@ def test_a_dtype_that_the_op_has_not_is_refused_at_load() -> None:
     assert "tensor(double)" in text
 
 
+@pytest.mark.usefixtures("path")
 def test_a_declined_plan_is_an_error_with_its_reason() -> None:
     session = session_of(model(attention, {name: torch.zeros(1, 1, 2, 8) for name in "qkv"}, ["out"], scale=1.0))
     wide = feeds({name: torch.zeros(1, 1, 2, 264) for name in "qkv"})
@@ -421,6 +444,7 @@ def test_a_declined_plan_is_an_error_with_its_reason() -> None:
     assert session.run(None, feeds({name: torch.zeros(1, 1, 2, 8) for name in "qkv"}))[0].shape == (1, 1, 2, 8)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("error", [RuntimeError("broken \0 é"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
 def test_any_exception_becomes_a_status(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 8)
@@ -438,12 +462,14 @@ def test_any_exception_becomes_a_status(error: BaseException, monkeypatch: pytes
     assert session.run(None, {"x": x.numpy()})[0].shape == (2, 8)
 
 
+@pytest.mark.usefixtures("path")
 def test_an_output_without_the_input_it_needs() -> None:
     session = session_of(model(layer_norm, {"x": torch.zeros(2, 8)}, ["y", "sum"], eps=1e-5))
     text = failure(lambda: session.run(None, {"x": torch.zeros(2, 8).numpy()}))
     assert "output sum is asked for, but the inputs it needs are missing" in text
 
 
+@pytest.mark.usefixtures("path")
 def test_an_absent_output_before_one_that_is_there() -> None:
     """`y` is required: what computes nothing for it is an error, never an empty value."""
     inputs = {"x": torch.zeros(2, 8), "residual": torch.zeros(2, 8)}
@@ -455,6 +481,7 @@ def test_an_absent_output_before_one_that_is_there() -> None:
 # Threads and lifetime
 
 
+@pytest.mark.usefixtures("path")
 def test_eight_threads_on_one_session() -> None:
     case = Case(layer_norm, {**NORM, "weight": (33,)}, {"eps": 1e-5}, outputs=("y",))
     session = session_of(model(layer_norm, tensors(case, torch.float32), ["y"], eps=1e-5))
@@ -479,6 +506,7 @@ def test_eight_threads_on_one_session() -> None:
     assert wrong == []
 
 
+@pytest.mark.usefixtures("path")
 def test_nodes_on_threads_of_onnxruntime() -> None:
     names = [f"y{index}" for index in range(8)]
     nodes = [node("layer_norm", ["x"], [name], eps=1e-5) for name in names]
@@ -492,20 +520,21 @@ def test_nodes_on_threads_of_onnxruntime() -> None:
             assert torch.allclose(torch.from_numpy(y), torch.nn.functional.layer_norm(x, (33,)), atol=1e-4)
 
 
+@pytest.mark.usefixtures("path")
 def test_a_hundred_sessions_leave_nothing_behind() -> None:
     x = torch.randn(2, 8)
     content = model(layer_norm, {"x": x}, ["y"], eps=1e-5)
     session_of(content)
     gc.collect()
-    kernels, structs = len(custom_op._KERNELS), len(custom_op._VARIANTS)
+    kernels, structs = len(kernel.KERNELS), len(custom_op._VARIANTS)
     for index in range(100):
         session = session_of(content)
         if index % 20 == 0:
             session.run(None, {"x": x.numpy()})
-    assert len(custom_op._KERNELS) == kernels + 1
+    assert len(kernel.KERNELS) == kernels + 1
     del session
     gc.collect()
-    assert (len(custom_op._KERNELS), len(custom_op._VARIANTS)) == (kernels, structs)
+    assert (len(kernel.KERNELS), len(custom_op._VARIANTS)) == (kernels, structs)
 
 
 # A domain of other ops
@@ -580,6 +609,7 @@ def with_version(content: bytes, version: int) -> bytes:
     return proto.SerializeToString()
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shift", [None, torch.int32, torch.int64], ids=str)
@@ -594,6 +624,7 @@ def test_another_domain(dtype: torch.dtype, shift: torch.dtype | None, provider:
         assert torch.equal(bound_run(session, inputs, {"y": exact.shape}, dtype)["y"], exact)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("others", [(), ("negative",), ("double",), ("negative", "double")], ids="_".join)
 def test_optional_outputs_are_computed_where_the_node_has_them(others: tuple[str, ...], provider: str) -> None:
@@ -609,6 +640,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.usefixtures("path")
 def test_scratch_memory_is_given_back() -> None:
     inputs = {"x": torch.ones(1, 33)}
     session = row_sums_session(inputs, CPU, elements=1 << 18)  # 1 MiB
@@ -619,6 +651,7 @@ def test_scratch_memory_is_given_back() -> None:
     assert resident() - before < 100 << 20
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.gpu
 def test_scratch_memory_is_given_back_on_the_gpu() -> None:
     inputs = {"x": torch.ones(1, 33, device="cuda")}
@@ -632,6 +665,7 @@ def test_scratch_memory_is_given_back_on_the_gpu() -> None:
     assert before - after < 100 << 20
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.gpu
 def test_a_cuda_graph_replays_the_kernels() -> None:
     case = CASES["rows_everything"]
