@@ -1,4 +1,4 @@
-"""The command line: `trimaran demo`, `trimaran info` and `trimaran bench-kernels`."""
+"""The command line: `trimaran demo`, `trimaran info`, `trimaran bench-kernels` and `trimaran bench-nodes`."""
 
 import json
 import sys
@@ -89,6 +89,29 @@ def bench_kernels(
     for failure in failures:
         errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
     if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench_nodes(
+    nodes: Annotated[int, typer.Option(min=1, help="How many nodes the chain has.")] = 100,
+    out: Annotated[Path, typer.Option(help="The folder for nodes.json and nodes.png.")] = Path("build/bench-nodes"),
+    as_json: Json = False,
+) -> None:
+    """Measure what a node costs in ONNX Runtime, ours against its own. Fails where one of ours could not be timed."""
+    from trimaran.benchmarks import nodes as job  # everything is imported here, and only here
+
+    console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
+    found = job.bench(nodes, errors)
+    job.write(found, out)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        console.print(job.table(found))
+        console.print(f"{out / 'nodes.json'}, {out / 'nodes.png'}", highlight=False, soft_wrap=True)
+    if failures := job.failures(found):
+        for failure in failures:
+            errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1)
 
 
