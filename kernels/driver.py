@@ -24,6 +24,7 @@ PARAMETER_TYPES = {
 }
 _DEVICE_ATTRIBUTES = {"sm_count": 16, "major": 75, "minor": 76, "shared_memory": 97}
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6  # CUlaunchAttributeID
 
 
@@ -138,9 +139,14 @@ class Driver:
                 call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def zero(self, address: int, count: int, stream: int) -> None:
+        self._in_context(
+            "cuMemsetD8Async", ctypes.c_uint64(address), 0, ctypes.c_size_t(count), ctypes.c_void_p(stream)
+        )
+
+    def _in_context(self, name: str, *arguments: Any) -> None:
         pushed = self._push()
         try:
-            call("cuMemsetD8Async", ctypes.c_uint64(address), 0, ctypes.c_size_t(count), ctypes.c_void_p(stream))
+            call(name, *arguments)
         finally:
             if pushed:
                 call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
@@ -169,6 +175,22 @@ class Driver:
         library = _library()
         addresses = [ctypes.cast(getattr(library, f"cu{name}"), ctypes.c_void_p).value for name in names]
         return Functions(*addresses, self._context.value)
+
+    @functools.cached_property
+    def stream(self) -> int:
+        """A stream of our own that does not wait for the default one. It lives as long as the process."""
+        stream = ctypes.c_void_p()
+        self._in_context("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        return stream.value or 0
+
+    def copy(self, target: int, source: int, count: int, stream: int) -> None:
+        """Copy `count` bytes between any two addresses, of the host or a device, in the order of the stream."""
+        arguments = (ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(count))
+        self._in_context("cuMemcpyAsync", *arguments, ctypes.c_void_p(stream))
+
+    def synchronize(self, stream: int) -> None:
+        """Wait for all that is queued on the stream."""
+        self._in_context("cuStreamSynchronize", ctypes.c_void_p(stream))
 
     def failure(self, status: int) -> CudaError:
         """What went wrong in one of `functions`."""
