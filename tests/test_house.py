@@ -25,6 +25,7 @@ FLOORS = {"kernels": 1, "torch_path": 2, "ort_ops": 2, "export": 3, "benchmarks"
 FACE_FLOOR = 5
 FOLDERS = sorted(FLOORS)
 VERBS = {"optimize_model", "restore", "report", "Report", "interpret", "ort_session", "export_onnx", "rewrite_onnx"}
+VERBS |= {"Runner", "Domain", "triton_op"}
 HEAVY = {"torch", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "triton", "transformers", "numpy"}
 
 
