@@ -9,7 +9,7 @@ import ctypes
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from trimaran.kernels.compiler import Binary, compile_launch
@@ -25,6 +25,7 @@ PARAMETER_TYPES = {
 _DEVICE_ATTRIBUTES = {"sm_count": 16, "major": 75, "minor": 76, "shared_memory": 97}
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6  # CUlaunchAttributeID
 
 
@@ -118,6 +119,7 @@ class Driver:
         self._functions: weakref.WeakKeyDictionary[PlannedLaunch, _Function] = weakref.WeakKeyDictionary()
         self._loaded: dict[int, tuple[Binary, int]] = {}
         self._lock = threading.Lock()
+        self._events = threading.local()  # one event for each thread, which records and waits in one go
         self._context = _primary_context(index)
 
     def launch(
@@ -183,10 +185,30 @@ class Driver:
         self._in_context("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
         return stream.value or 0
 
-    def copy(self, target: int, source: int, count: int, stream: int) -> None:
-        """Copy `count` bytes between any two addresses, of the host or a device, in the order of the stream."""
-        arguments = (ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(count))
-        self._in_context("cuMemcpyAsync", *arguments, ctypes.c_void_p(stream))
+    def copy(self, copies: Iterable[tuple[int, int, int]], stream: int) -> None:
+        """Copy (target, source, bytes) each, between any addresses of the host or a device, in the stream's order."""
+        pushed = self._push()
+        try:
+            for target, source, count in copies:
+                if count and (status := self._memcpy(target, source, count, stream)):
+                    raise error("cuMemcpyAsync", status)
+        finally:
+            if pushed:
+                call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    @functools.cached_property
+    def _memcpy(self) -> Any:
+        types = (ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+        return ctypes.CFUNCTYPE(*types)(("cuMemcpyAsync", _library()))
+
+    def wait(self, stream: int, other: int) -> None:
+        """Make a stream wait for all that is queued on another one now."""
+        event = getattr(self._events, "event", None)
+        if event is None:
+            event = self._events.event = ctypes.c_void_p()
+            self._in_context("cuEventCreate", ctypes.byref(event), _DISABLE_TIMING)
+        self._in_context("cuEventRecord", event, ctypes.c_void_p(other))
+        self._in_context("cuStreamWaitEvent", ctypes.c_void_p(stream), event, 0)
 
     def synchronize(self, stream: int) -> None:
         """Wait for all that is queued on the stream."""

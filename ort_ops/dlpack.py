@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 import struct
 import sys
 from ctypes import c_char_p, c_int, c_void_p
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trimaran.kernels.contract import ITEMSIZE
-from trimaran.kernels.sizes import contiguous_strides, product
+from trimaran.kernels.sizes import contiguous_strides
 
 DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # DLDeviceType: plain ones, pinned and managed memory
 CODES = {  # (DLDataTypeCode, bits)
@@ -33,6 +34,7 @@ CODES = {  # (DLDataTypeCode, bits)
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 NAME = b"dltensor"
+_NUMBERS = [struct.Struct(f"<{count}q") for count in range(65)]
 
 
 # DLManagedTensor: data, device type and index, rank, type code, bits, lanes, shape, strides, byte offset, manager,
@@ -52,12 +54,12 @@ class Memory(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return int(product(self.shape)) * ITEMSIZE[self.dtype]
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
 def memory_of(tensor: Any) -> Memory:
-    """Where a tensor lies; one that is not contiguous is made so first, which copies it. Nothing is waited for, see
-    `wait_for`. TypeError for what is no tensor or of an unknown dtype."""
+    """Where a tensor lies; one that is not contiguous is made so first, which copies it. What computes it is not waited
+    for, see `queue_of`. TypeError for what is no tensor or of an unknown dtype."""
     if isinstance(tensor, (np.ndarray, np.generic)):
         return _of_numpy(tensor)
     if not hasattr(tensor, "__dlpack__"):
@@ -75,13 +77,19 @@ def memory_of(tensor: Any) -> Memory:
     return Memory(data + offset, dtype, shape, place, index if place == "cuda" else 0, capsule)
 
 
-def wait_for(tensor: Any, stream: int) -> None:
-    """Make a CUstream wait for what the tensor's library has queued on its current one."""
-    tensor.__dlpack__(stream=stream)
+def queue_of(tensor: Any) -> int:
+    """The CUstream on which the tensor's library queues its work now. TypeError for a library that is neither torch
+    nor CuPy."""
+    library = library_of(tensor)
+    if library.__name__ == "torch":
+        return int(library.cuda.current_stream(tensor.device).cuda_stream)
+    if library.__name__ == "cupy":
+        return int(library.cuda.get_current_stream().ptr)
+    raise TypeError(f"is on a GPU and of {library.__name__}, expected torch or CuPy")
 
 
 def _numbers(address: int, count: int) -> tuple[int, ...]:
-    return struct.unpack(f"<{count}q", ctypes.string_at(address, 8 * count))
+    return _NUMBERS[count].unpack(ctypes.string_at(address, 8 * count))
 
 
 def _of_numpy(array: Any) -> Memory:
@@ -116,6 +124,8 @@ def to_library(library: Any, memory: Memory) -> Any:
     """The memory as a tensor of this library. What is in it must be there already: no stream waits."""
     if library is np:
         return np.asarray(_Array(memory)).view(_numpy_dtype(memory.dtype))
+    if library.__name__ == "torch":  # takes a capsule as well, and faster
+        return library.utils.dlpack.from_dlpack(_Shared(memory).__dlpack__())
     return library.from_dlpack(_Shared(memory))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimaran.kernels.driver import Driver, driver
 from trimaran.ort_ops.abi import CUDA, DTYPE, ELEMENT_TYPE
-from trimaran.ort_ops.dlpack import Memory, library_of, memory_of, to_library, wait_for
+from trimaran.ort_ops.dlpack import Memory, library_of, memory_of, queue_of, to_library
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -33,15 +33,16 @@ class Runner:
     the first input is of, and lie where it does.
 
     With `ort_session(..., cuda_graph=True)` each combination of input shapes gets a CUDA graph of its own, which is
-    captured at its first call and replayed later. Inputs are then copied to where the graph reads and outputs from
-    where it writes, on the device. After `max_graphs` of them further shapes run without a graph. Calls take turns,
-    which ONNX Runtime needs there; it captures once more for each thread that calls. Without graphs a runner may be
-    used by many threads at once.
+    captured at its first call and replayed later; after `max_graphs` of them further shapes run without. Inputs are
+    then copied to where the graph reads, and outputs from where it writes, on the device. With `copy_outputs=False`
+    outputs on the device are the graph's own memory instead, which the next call with the same shapes overwrites.
+    Calls take turns, as ONNX Runtime needs it there; it captures once more for each thread that calls. Without graphs
+    a runner may be used by many threads at once.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, max_graphs: int = 16) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, max_graphs: int = 16, copy_outputs: bool = True) -> None:
         """ValueError for a session with inputs or outputs that are no tensors of numbers."""
-        self.session, self.max_graphs = session, max_graphs
+        self.session, self.max_graphs, self.copy_outputs = session, max_graphs, copy_outputs
         self.inputs = {value.name: _dtype(value) for value in session.get_inputs()}
         self.outputs = {value.name: _dtype(value) for value in session.get_outputs()}
         options = session.get_provider_options().get(CUDA) if CUDA in session.get_providers() else None
@@ -84,7 +85,7 @@ class Runner:
             missing, unknown = sorted(self.inputs.keys() - inputs.keys()), sorted(inputs.keys() - self.inputs.keys())
             raise ValueError(f"inputs: missing {missing}, unknown {unknown}, expected {list(self.inputs)}")
         found: dict[str, Memory] = {}
-        waited = set()
+        streams: set[int] = set()
         for name, tensor in inputs.items():
             try:
                 memory = found[name] = memory_of(tensor)
@@ -98,11 +99,17 @@ class Runner:
                     raise ValueError(
                         f"{name} is on CUDA device {memory.device_index}, but the session works on {place}"
                     )
-                library = type(tensor).__module__
-                if library not in waited:
-                    wait_for(tensor, self._stream)
-                    waited.add(library)
+                streams.add(self._queue(name, tensor))
+        for stream in streams:
+            assert self._driver is not None
+            self._driver.wait(self._stream, stream)
         return found
+
+    def _queue(self, name: str, tensor: Any) -> int:
+        try:
+            return queue_of(tensor)
+        except TypeError as error:
+            raise TypeError(f"{name} {error}") from error
 
     def _plain(self, memories: Mapping[str, Memory], device: str) -> dict[str, Memory]:
         """One run, its outputs allocated by ONNX Runtime."""
@@ -150,6 +157,9 @@ class Runner:
         self._copy(memories, graph.inputs)
         self._order()
         self.session.run_with_iobinding(graph.binding, graph.options)
+        if device == "cuda" and not self.copy_outputs:
+            self._driver.synchronize(self._stream)
+            return graph.outputs
         made = {name: self._allocated(memory, device) for name, memory in graph.outputs.items()}
         self._copy(graph.outputs, made)
         self._driver.synchronize(self._stream)
@@ -162,9 +172,8 @@ class Runner:
 
     def _copy(self, sources: Mapping[str, Memory], targets: Mapping[str, Memory]) -> None:
         assert self._driver is not None
-        for name, source in sources.items():
-            if source.bytes:
-                self._driver.copy(targets[name].address, source.address, source.bytes, self._stream)
+        copies = ((targets[name].address, source.address, source.bytes) for name, source in sources.items())
+        self._driver.copy(copies, self._stream)
 
     def _allocated(self, like: Memory, device: str) -> Memory:
         """New memory of the dtype and shape."""

@@ -1,4 +1,4 @@
-"""The command line: `trimaran demo`, `trimaran info`, `trimaran bench-kernels` and `trimaran bench-nodes`."""
+"""The command line: `trimaran demo`, `info`, `bench-kernels`, `bench-nodes` and `soak`."""
 
 import json
 import sys
@@ -112,6 +112,26 @@ def bench_nodes(
     if failures := job.failures(found):
         for failure in failures:
             errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def soak(
+    scale: Annotated[float, typer.Option(help="What part of the full counts is run.")] = 1.0,
+    out: Annotated[Path, typer.Option(help="The JSON file.")] = Path("build/soak.json"),
+    as_json: Json = False,
+) -> None:
+    """Run the ops of ONNX Runtime many times, in many threads and sessions. Fails where anything is wrong or grows."""
+    from trimaran.benchmarks import soak as job  # everything is imported here, and only here
+
+    console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
+    found = job.soak(scale, errors, lambda check: errors.print(f"{check.name}: {'ok' if check.ok else 'FAILED'}"))
+    job.write(found, out)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        console.print(job.table(found))
+    if not all(check["ok"] for check in found["checks"]):
         raise typer.Exit(1)
 
 
