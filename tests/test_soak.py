@@ -32,11 +32,9 @@ def soaked(scale: str, out: Path) -> tuple[int, dict[str, Any]]:
     return done.exit_code, json.loads(out.read_text())
 
 
-@pytest.mark.parametrize(
-    "scale", [pytest.param("0.01", marks=pytest.mark.skipif(torch.cuda.is_available(), reason=""))]
-)
-def test_one_percent_of_everything(scale: str, tmp_path: Path) -> None:
-    code, found = soaked(scale, tmp_path / "soak.json")
+def test_one_percent_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # CI's counts, on any machine
+    code, found = soaked("0.01", tmp_path / "soak.json")
     assert {check["name"]: check["runs"] for check in found["checks"]} == CHECKS
     assert [check for check in found["checks"] if not check["ok"]] == []
     assert next(check for check in found["checks"] if "growing" in check["name"])["notes"] == ["1 plans"]
