@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +14,13 @@ from test_compiler import CASES as OPTIONS
 from test_compiler import doubling
 from test_ort_ops import CASES, CUDA, DTYPES, Case, bound_run, expected, model, quiet, session_of, tensors
 
+from trimaran.kernels.layer_norm import layer_norm
 from trimaran.ort_ops import custom_op
 from trimaran.ort_ops.domain import TRIMARAN, Domain
 from trimaran.ort_ops.session import ort_session, register
 from trimaran.torch_path.ops import TORCH_OPS
 
+ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.gpu
 
 
@@ -73,3 +79,30 @@ def test_nodes_of_a_session_run_in_c() -> None:
     inputs = tensors(CASES["norm_sum"], torch.float16, "cuda")
     session_of(model(CASES["norm_sum"].op, inputs, CASES["norm_sum"].outputs, eps=1e-5), CUDA)
     assert all(variant.hot for variant in custom_op._VARIANTS.values() if variant.plans in TRIMARAN.plans.values())
+
+
+def test_without_torch() -> None:
+    """onnxruntime, numpy, cupy and trimaran are enough; the launcher that comes with Triton would import torch."""
+    pytest.importorskip("cupy")
+    content = model(layer_norm, {"x": torch.zeros(2, 8)}, ["y"], eps=1e-5)
+    code = f"""
+import sys
+import onnxruntime
+if hasattr(onnxruntime, "preload_dlls"):
+    onnxruntime.preload_dlls(directory="")  # of the nvidia packages
+import cupy
+from trimaran.ort_ops.runner import Runner
+from trimaran.ort_ops.session import ort_session
+for graph in (False, True):
+    run = Runner(ort_session({content!r}, ["CUDAExecutionProvider"], cuda_graph=graph))
+    x = cupy.arange(16, dtype="float32").reshape(2, 8)
+    y = run({{"x": x}})["y"]
+    normal = (x - x.mean(1, keepdims=True)) / cupy.sqrt(x.var(1, keepdims=True) + 1e-5)
+    assert bool((abs(y - normal) < 1e-5).all()), y
+print("torch" in sys.modules)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

@@ -275,6 +275,81 @@ def assumed_aligned(plans: PlanCache) -> list[dict[str, bool]]:
     return found
 
 
+# What else a session may be
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("op", ["layer_norm", "attention"])
+def test_nan_and_infinity_are_the_references(op: str, provider: str) -> None:
+    """In one row each of several; the others are as always."""
+    case = CASES["norm_sum" if op == "layer_norm" else "heads"]
+    inputs = tensors(case, torch.float32, "cuda" if provider == CUDA else "cpu")
+    first = inputs["x" if op == "layer_norm" else "q"]
+    for row, value in enumerate((float("nan"), float("inf"), -float("inf"))):
+        first.view(-1, first.shape[-1])[row, 1] = value
+    session = session_of(model(case.op, inputs, case.outputs, **case.attrs), provider)
+    exact, peer = expected(case, inputs, True), expected(case, inputs, False)
+    assert any(out.isnan().any() for out in exact.values())
+    got = bound_run(session, inputs, {name: out.shape for name, out in exact.items()}, torch.float32)
+    for name, out in got.items():
+        infinite = exact[name].isinf()
+        assert torch.equal(out.isinf(), infinite)
+        assert torch.equal(out[infinite].double(), exact[name][infinite])
+        assert_close(*(tensor.masked_fill(infinite, 0) for tensor in (out, exact[name], peer[name])))
+
+
+@pytest.mark.parametrize("level", ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL"])
+def test_every_level_of_optimization(level: str) -> None:
+    """Nodes among others that are folded, fused or left."""
+    nodes = [
+        helper.make_node("Add", ["x", "r"], ["sum"], name="add"),
+        node("layer_norm", ["sum", "w", "b"], ["y"], eps=1e-5),
+        helper.make_node("Identity", ["y"], ["z"], name="identity"),
+        helper.make_node("Relu", ["z"], ["out"], name="relu"),
+    ]
+    shapes: dict[str, tuple[Any, ...]] = {"x": ("n", 8), "r": ("n", 8), "w": (8,), "b": (8,)}
+    options = quiet()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_{level}")
+    content = graph_model(nodes, {name: (1, list(shape)) for name, shape in shapes.items()}, {"out": 1})
+    session = ort_session(content, [CPU], session_options=options)
+    x, r, w, b = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8), torch.randn(8)
+    (out,) = session.run(None, feeds({"x": x, "r": r, "w": w, "b": b}))
+    assert torch.allclose(torch.from_numpy(out), torch.nn.functional.layer_norm(x + r, (8,), w, b).relu(), atol=1e-5)
+
+
+def test_a_half_precision_model_in_a_cpu_session() -> None:
+    """ONNX Runtime has no fp16 kernel for some neighbours there, and may run the node in fp32 between casts."""
+    nodes = [
+        helper.make_node("Erf", ["x"], ["e"], name="before"),
+        node("layer_norm", ["e"], ["y"], eps=1e-5),
+        helper.make_node("Erf", ["y"], ["z"], name="after"),
+    ]
+    session = session_of(graph_model(nodes, {"x": (TensorProto.FLOAT16, ["n", 33])}, {"z": TensorProto.FLOAT16}))
+    x = torch.randn(5, 33).half()
+    (z,) = session.run(None, feeds({"x": x}))
+    exact = torch.erf(torch.nn.functional.layer_norm(torch.erf(x.double()), (33,)))
+    assert z.dtype == "float16"
+    assert torch.allclose(torch.from_numpy(z).double(), exact, atol=5e-3)
+
+
+def test_run_async() -> None:
+    x = torch.randn(3, 33)
+    options = quiet()
+    options.intra_op_num_threads = 2  # it takes one of them
+    session = ort_session(model(layer_norm, {"x": x}, ["y"], eps=1e-5), [CPU], session_options=options)
+    done = threading.Event()
+    found: list[Any] = []
+
+    def finished(results: Any, data: Any, error: str) -> None:
+        found.extend([results, error])
+        done.set()
+
+    session.run_async(None, feeds({"x": x}), finished, None)
+    assert done.wait(60)
+    assert found[1] == ""
+    assert torch.allclose(torch.from_numpy(found[0][0]), torch.nn.functional.layer_norm(x, (33,)), atol=1e-4)
+
+
 # Shapes
 
 
