@@ -203,12 +203,17 @@ class Driver:
 
     def wait(self, stream: int, other: int) -> None:
         """Make a stream wait for all that is queued on another one now."""
-        event = getattr(self._events, "event", None)
-        if event is None:
-            event = self._events.event = ctypes.c_void_p()
-            self._in_context("cuEventCreate", ctypes.byref(event), _DISABLE_TIMING)
-        self._in_context("cuEventRecord", event, ctypes.c_void_p(other))
-        self._in_context("cuStreamWaitEvent", ctypes.c_void_p(stream), event, 0)
+        pushed = self._push()
+        try:
+            event = getattr(self._events, "event", None)
+            if event is None:
+                event = self._events.event = ctypes.c_void_p()
+                call("cuEventCreate", ctypes.byref(event), _DISABLE_TIMING)
+            call("cuEventRecord", event, ctypes.c_void_p(other))
+            call("cuStreamWaitEvent", ctypes.c_void_p(stream), event, 0)
+        finally:
+            if pushed:
+                call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def synchronize(self, stream: int) -> None:
         """Wait for all that is queued on the stream."""

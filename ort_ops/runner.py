@@ -72,12 +72,10 @@ class Runner:
         device = memories[first].device if first is not None else "cpu"
         if self._captures:
             with self._lock:
-                outputs = self._captured(memories, device)
-        else:
-            if any(memory.device == "cuda" for memory in memories.values()):
-                self._order()
-            outputs = self._plain(memories, device)
-        return {name: to_library(library, memory) for name, memory in outputs.items()}
+                return self._captured(memories, device, library)
+        if any(memory.device == "cuda" for memory in memories.values()):
+            self._order()
+        return _tensors(self._plain(memories, device), library)
 
     def _memories(self, inputs: Mapping[str, Any]) -> dict[str, Memory]:
         """Where the inputs lie, checked; the stream waits for what makes them."""
@@ -142,7 +140,7 @@ class Runner:
         options.add_run_config_entry("gpu_graph_id", graph)
         return options
 
-    def _captured(self, memories: Mapping[str, Memory], device: str) -> dict[str, Memory]:
+    def _captured(self, memories: Mapping[str, Memory], device: str, library: Any) -> dict[str, Any]:
         """One run by the graph of these shapes, or without one where there are too many."""
         assert self._driver is not None
         shapes = tuple(memory.shape for memory in memories.values())
@@ -151,7 +149,7 @@ class Runner:
         if graph is None:
             if len(self._graphs) >= self.max_graphs:
                 self._order()
-                return self._plain(memories, device)
+                return _tensors(self._plain(memories, device), library)
             graph = _Graph(self, memories, len(self._graphs) + 1)
             self._graphs[key] = graph
         self._copy(memories, graph.inputs)
@@ -159,11 +157,11 @@ class Runner:
         self.session.run_with_iobinding(graph.binding, graph.options)
         if device == "cuda" and not self.copy_outputs:
             self._driver.synchronize(self._stream)
-            return graph.outputs
+            return graph.tensors(library)
         made = {name: self._allocated(memory, device) for name, memory in graph.outputs.items()}
         self._copy(graph.outputs, made)
         self._driver.synchronize(self._stream)
-        return made
+        return _tensors(made, library)
 
     def _order(self) -> None:
         """Let the session's work come after what `_stream` has queued: it is the session's own, or is waited for."""
@@ -198,6 +196,17 @@ class _Graph:
         for name, memory in self.outputs.items():
             self.binding.bind_ortvalue_output(name, memory.owner)
         self.options = runner._run_options(str(number))
+        self._tensors: dict[str, dict[str, Any]] = {}
+
+    def tensors(self, library: Any) -> dict[str, Any]:
+        """What the graph writes, as tensors of a library that are made once."""
+        if library.__name__ not in self._tensors:
+            self._tensors[library.__name__] = _tensors(self.outputs, library)
+        return dict(self._tensors[library.__name__])
+
+
+def _tensors(memories: Mapping[str, Memory], library: Any) -> dict[str, Any]:
+    return {name: to_library(library, memory) for name, memory in memories.items()}
 
 
 _SOMEWHERE = 256  # an address for tensors of no elements, which may have none
