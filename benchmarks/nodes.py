@@ -22,7 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from trimaran.benchmarks.kernels import ROUNDS, SEED, spread
+from trimaran.benchmarks.kernels import SEED, spread
 from trimaran.benchmarks.machine import ceilings, drift, environment, unsteady, version
 from trimaran.benchmarks.measure import Contender, HostWatch, Run, Timing, compare
 from trimaran.benchmarks.report import OURS, PEERS
@@ -122,7 +122,7 @@ def bound(session: Any, x: torch.Tensor) -> Run:
     return run
 
 
-def bench(nodes: int, console: Console, rounds: int = ROUNDS) -> dict[str, Any]:
+def bench(nodes: int, rounds: int, console: Console) -> dict[str, Any]:
     """The result as it is written to JSON. On a machine without a GPU a tiny chain is interpreted, which only shows
     that it runs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

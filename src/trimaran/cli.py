@@ -133,6 +133,7 @@ def check_kernels(
 @app.command()
 def bench_nodes(
     nodes: Annotated[int, typer.Option(min=1, help="How many nodes the chain has.")] = 100,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each chain is timed.")] = 30,
     out: Annotated[Path, typer.Option(help="The folder for nodes.json and nodes.png.")] = Path("build/bench-nodes"),
     as_json: Json = False,
 ) -> None:
@@ -140,7 +141,7 @@ def bench_nodes(
     from trimaran.benchmarks import nodes as job  # everything is imported here, and only here
 
     console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
-    found = job.bench(nodes, errors)
+    found = job.bench(nodes, rounds, errors)
     job.write(found, out)
     if as_json:
         print(json.dumps(found, indent=2))
