@@ -198,3 +198,8 @@ _SCALARS = {"float": (c_float, FLOAT_ATTRIBUTE), "int": (c_int64, INT_ATTRIBUTE)
 def scalar_attribute(kind: str) -> tuple[Any, int]:
     """(C type, OrtOpAttrType) of an attribute that is no string; a bool is an ONNX int."""
     return _SCALARS[kind]
+
+
+def immortalize(value: object) -> None:
+    """Never free what ONNX Runtime or others hold plain pointers to."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))

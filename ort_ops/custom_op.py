@@ -28,6 +28,7 @@ from trimaran.ort_ops.abi import (
     REQUIRED,
     Api,
     OrtCustomOp,
+    immortalize,
 )
 from trimaran.ort_ops.context import Node, node_name
 from trimaran.ort_ops.hot_path import HotKernel, compute_address
@@ -156,10 +157,6 @@ def _callbacks() -> dict[str, Any]:
         "InferOutputShapeFn": _infer,
     }
     return {name: CALLBACKS[name](function) for name, function in functions.items()}
-
-
-def immortalize(value: object) -> None:
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 _CALLBACKS = _callbacks()

@@ -19,6 +19,7 @@ import numpy as np
 
 from trimaran.kernels.contract import ITEMSIZE
 from trimaran.kernels.sizes import contiguous_strides
+from trimaran.ort_ops.abi import immortalize
 
 DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # DLDeviceType: plain ones, pinned and managed memory
 CODES = {  # (DLDataTypeCode, bits)
@@ -200,4 +201,4 @@ def _destroy(
 _callbacks = (ctypes.CFUNCTYPE(None, c_void_p)(_delete), ctypes.PYFUNCTYPE(None, c_void_p)(_destroy))
 _DELETER, _DESTRUCTOR = (ctypes.cast(callback, c_void_p).value or 0 for callback in _callbacks)
 for _kept in itertools.chain(_callbacks, [_LIVE]):  # consumers may outlive this module
-    _python.Py_IncRef(ctypes.py_object(_kept))
+    immortalize(_kept)

@@ -15,7 +15,7 @@ from typing import Any
 from trimaran.kernels.contract import Op
 from trimaran.kernels.driver import driver
 from trimaran.kernels.programs import serialize
-from trimaran.ort_ops.abi import CPU, CUDA
+from trimaran.ort_ops.abi import CPU, CUDA, immortalize
 from trimaran.ort_ops.context import described
 from trimaran.ort_ops.interpreted import Interpreted
 from trimaran.ort_ops.kernel import KERNELS, Kernel
@@ -191,3 +191,5 @@ def _fail(address: int, what: int, detail: int) -> int:
 
 
 _MISS, _FAIL = MISS(_miss), FAIL(_fail)
+for _callback in (_MISS, _FAIL):
+    immortalize(_callback)

@@ -11,6 +11,7 @@ from trimaran.kernels.driver import PARAMETER_TYPES, Config, Functions
 from trimaran.kernels.interpreter import Interpreter
 from trimaran.kernels.plans import PlannedLaunch
 from trimaran.kernels.programs import Loaded
+from trimaran.ort_ops.abi import immortalize
 
 LAUNCH = ctypes.CFUNCTYPE(c_int, ctypes.POINTER(Config), c_void_p, ctypes.POINTER(c_void_p), c_void_p)
 ZERO = ctypes.CFUNCTYPE(c_int, c_uint64, c_ubyte, c_size_t, c_void_p)
@@ -25,8 +26,10 @@ class Interpreted:
         self._handles: dict[Any, int] = {}
         self._lock = threading.Lock()
         self._failures: dict[int, BaseException] = {}  # by thread
-        self._callbacks = (LAUNCH(self._launch), ZERO(self._zero))
-        self.functions = Functions(*(ctypes.cast(callback, c_void_p).value for callback in self._callbacks))
+        callbacks = (LAUNCH(self._launch), ZERO(self._zero))
+        for callback in callbacks:
+            immortalize(callback)
+        self.functions = Functions(*(ctypes.cast(callback, c_void_p).value for callback in callbacks))
 
     def load(self, launch: PlannedLaunch) -> Loaded:
         with self._lock:
