@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import threading
 from collections.abc import Callable, Sequence
 from ctypes import CFUNCTYPE, POINTER, c_int, c_int64, c_size_t, c_ubyte, c_uint64, c_void_p
 from dataclasses import dataclass, field
@@ -417,6 +418,35 @@ def test_a_table_is_bounded_and_forgets_the_least_recently_used() -> None:
     assert [misses(rank) for rank in (4, 1, 3)] == [1, 0, 0]
     assert misses(2) == 1, "the least recently used was forgotten"
     growing.close()
+
+
+def test_a_plan_may_be_forgotten_while_it_runs() -> None:
+    """Four threads wait for each other while each has found its plan, in a table that has room for one."""
+    table, together = hot_path.Table(limit=1), threading.Barrier(4, timeout=60)
+
+    def output_address(index: int) -> int:
+        together.wait()
+        return 0x10_0000_0000
+
+    fixtures = [Fixture(GROWING, FakeRuntime(output_address=output_address), {}, (True,)) for _ in range(4)]
+    wrong: list[Any] = []
+
+    def work(rank: int, fixture: Fixture) -> None:
+        fixture.hot.table, fixture.hot._struct.table = table, table.address
+        for n in range(1, 50):
+            fixture.runtime.inputs = [((n,) * rank, 0x5000)]
+            if fixture.run() != [("launch", "second_kernel", (2 * cdiv(n, 16), 1, 1), [0x10_0000_0000, n])]:
+                wrong.append((rank, n))
+
+    threads = [threading.Thread(target=work, args=(1 + index, fixtures[index])) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for fixture in fixtures:
+        fixture.close()
+    assert wrong == []
+    assert table.misses > 100
 
 
 def test_nodes_of_one_kind_share_a_table() -> None:
