@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ ONNX_TYPE = {  # as a session names them
     "tensor(double)": "float64",
     **{f"tensor({name})": name for name in ELEMENT_TYPE if name not in ("float32", "float64")},
 }
+_GRAPH_IDS = itertools.count(1)  # no two runners of one session may replay each other's
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()  # of sessions
 NO_GRAPH = "-1"  # the gpu_graph_id of a run that is neither captured nor replayed
 
 
@@ -53,7 +57,7 @@ class Runner:
         self._works_on_stream = stream != 0
         self._stream = stream or (self._driver.stream if self._driver else 0)
         self._graphs: dict[Any, _Graph] = {}
-        self._lock = threading.Lock()
+        self._lock = _LOCKS.setdefault(session, threading.Lock())
 
     @property
     def graphs(self) -> int:
@@ -150,7 +154,7 @@ class Runner:
             if len(self._graphs) >= self.max_graphs:
                 self._order()
                 return _tensors(self._plain(memories, device), library)
-            graph = _Graph(self, memories, len(self._graphs) + 1)
+            graph = _Graph(self, memories)
             self._graphs[key] = graph
         self._copy(memories, graph.inputs)
         self._order()
@@ -186,7 +190,7 @@ class Runner:
 class _Graph:
     """The memory that one CUDA graph reads and writes, and what asks for its replay; the first run captures it."""
 
-    def __init__(self, runner: Runner, memories: Mapping[str, Memory], number: int) -> None:
+    def __init__(self, runner: Runner, memories: Mapping[str, Memory]) -> None:
         self.inputs = {name: runner._allocated(memory, "cuda") for name, memory in memories.items()}
         runner._copy(memories, self.inputs)
         runner._order()
@@ -195,7 +199,7 @@ class _Graph:
         self.binding = runner._binding(self.inputs)
         for name, memory in self.outputs.items():
             self.binding.bind_ortvalue_output(name, memory.owner)
-        self.options = runner._run_options(str(number))
+        self.options = runner._run_options(str(next(_GRAPH_IDS)))
         self._tensors: dict[str, dict[str, Any]] = {}
 
     def tensors(self, library: Any) -> dict[str, Any]:

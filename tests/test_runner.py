@@ -357,6 +357,17 @@ def test_outputs_of_a_graph_are_the_callers_own() -> None:
 
 
 @pytest.mark.gpu
+def test_two_runners_of_one_session_have_graphs_of_their_own() -> None:
+    session = ort_session(sums(), [CUDA], cuda_graph=True, session_options=quiet())
+    first, second = Runner(session), Runner(session)
+    b = torch.ones(4, device="cuda")
+    for turn in range(3):
+        for factor, run in ((1, first), (10, second)):
+            a = torch.full((2, 4), float(factor * turn), device="cuda")
+            assert torch.equal(run({"a": a, "b": b})["total"], a + 1)
+
+
+@pytest.mark.gpu
 def test_outputs_may_be_the_graphs_own_memory() -> None:
     run = Runner(ort_session(sums(), [CUDA], cuda_graph=True, session_options=quiet()), copy_outputs=False)
     b = torch.ones(4, device="cuda")
