@@ -18,8 +18,8 @@ from typing import Any
 from trimaran.kernels.catalog import OPS
 from trimaran.kernels.contract import Op
 from trimaran.kernels.plans import PlanCache
-from trimaran.ort_ops.abi import FAIL, REGISTER_CUSTOM_OPS, Api
-from trimaran.ort_ops.custom_op import immortalize, variants
+from trimaran.ort_ops.abi import FAIL, REGISTER_CUSTOM_OPS, Api, immortalize
+from trimaran.ort_ops.custom_op import variants
 from trimaran.ort_ops.stub_library import elf, library_path
 
 _LOCK = threading.RLock()

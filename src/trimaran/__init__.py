@@ -6,6 +6,8 @@ It optimizes PyTorch models in place and makes the attention and norm nodes of O
     export_onnx(model, inputs, "model.onnx")  export a PyTorch model with trimaran's ops
     rewrite_onnx("theirs.onnx", "ours.onnx")  rewrite any exporter's file
     ort_session("ours.onnx")                  an ordinary InferenceSession with the ops registered
+    Runner(session)                           calls it with tensors of torch, CuPy or NumPy, without copies
+    triton_op(...), Domain("mine", ops)       make operators of ONNX Runtime of Triton kernels of your own
     interpret()                               run the kernels' source on the CPU, to check it without a GPU
 
 Importing this module loads neither torch, onnx, onnxruntime nor triton; using a name loads what that name needs.
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
     from trimaran.export.export_onnx import export_onnx as export_onnx
     from trimaran.export.rewrite_onnx import rewrite_onnx as rewrite_onnx
     from trimaran.kernels.interpreter import interpret as interpret
+    from trimaran.ort_ops.domain import Domain as Domain
+    from trimaran.ort_ops.runner import Runner as Runner
     from trimaran.ort_ops.session import ort_session as ort_session
+    from trimaran.ort_ops.triton_op import triton_op as triton_op
     from trimaran.torch_path.optimize import optimize_model as optimize_model
     from trimaran.torch_path.optimize import report as report
     from trimaran.torch_path.optimize import restore as restore
@@ -27,7 +32,9 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
+    "Domain": "trimaran.ort_ops.domain",
     "Report": "trimaran.torch_path.report",
+    "Runner": "trimaran.ort_ops.runner",
     "export_onnx": "trimaran.export.export_onnx",
     "interpret": "trimaran.kernels.interpreter",
     "optimize_model": "trimaran.torch_path.optimize",
@@ -35,6 +42,7 @@ _HOMES = {
     "report": "trimaran.torch_path.optimize",
     "restore": "trimaran.torch_path.optimize",
     "rewrite_onnx": "trimaran.export.rewrite_onnx",
+    "triton_op": "trimaran.ort_ops.triton_op",
 }
 
 
