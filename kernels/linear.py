@@ -16,6 +16,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trimaran.kernels.activations import ACTIVATIONS, activated, activation_body, activation_reference
 from trimaran.kernels.configs import Row, lookup
@@ -36,7 +37,6 @@ from trimaran.kernels.matmul import (
     check_device,
     check_vectors,
     descriptors_fit,
-    fetch_early,
     grouped,
     load_weight,
     load_x,
@@ -74,11 +74,11 @@ def linear_kernel(
     depth,
     ACTIVATION: tl.constexpr,
     TRANSPOSE: tl.constexpr,
-    EVEN: tl.constexpr,  # no block reaches beyond the depth
-    ONE: tl.constexpr,  # a program's part of the depth is one block
+    EVEN: tl.constexpr,  # depth is a multiple of BLOCK_K
     SPLIT: tl.constexpr,
+    CHAINS: tl.constexpr,
     PDL: tl.constexpr,  # launched while the last kernel may still run
-    EARLY: tl.constexpr,  # the weights are constant, so they may be read before the last kernel ends
+    EARLY: tl.constexpr,  # weights and biases are constant, so they may be read before the last kernel ends
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,43 +110,59 @@ def linear_kernel(
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, depth)
 
-    k = first + tl.arange(0, BLOCK_K)
+    # What the end needs is asked for before the product, so that it is not waited for after it.
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
     if PDL:
-        if EARLY and ONE:
-            weight = load_weight(weight_ptr, stride_weight, columns, depth, column, k, TRANSPOSE, EVEN, ".cg")
-        elif EARLY:
-            fetch_early(weight_ptr, stride_weight, columns, depth, column, first, last, TRANSPOSE, BLOCK_K)
-        await_inputs()
+        gdc_launch_dependents()
+        if not EARLY:
+            gdc_wait()
+    bias = tl.zeros([BLOCK_N], tl.float32)
+    if bias_ptr is not None:
+        if part == 0:
+            bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    if bias_1_ptr is not None:
+        if part == 1:
+            bias = tl.load(bias_1_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    if bias_2_ptr is not None:
+        if part == 2:
+            bias = tl.load(bias_2_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    if CHAINS > 1:
+        # The part of the depth is one block, summed in CHAINS chains at once: one after the other the products of so
+        # few rows take longer than all loads.
+        k = first + tl.arange(0, CHAINS)[:, None] * (BLOCK_K // CHAINS) + tl.arange(0, BLOCK_K // CHAINS)[None, :]
+        deep = k.to(tl.int64)[:, :, None] * (stride_weight if TRANSPOSE else 1)
+        wide = column.to(tl.int64)[None, None, :] * (1 if TRANSPOSE else stride_weight)
+        present = (k < depth)[:, :, None] & (column < columns)[None, None, :]
+        weight = tl.load(weight_ptr + deep + wide, mask=present, other=0.0, cache_modifier=".cg")
+    if PDL and EARLY:
+        gdc_wait()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if EARLY and ONE:
-        acc = tl.dot(load_x(x_ptr, stride_x, rows, depth, row, k, EVEN), weight, acc, input_precision="ieee")
+    if residual_ptr is not None:
+        residual_at = row.to(tl.int64)[:, None] * stride_residual + (start + column)[None, :]
+        if CHAINS > 1:
+            residual = tl.load(residual_ptr + residual_at, mask=inside, other=0.0)
+    if CHAINS > 1:
+        x_at = x_ptr + row.to(tl.int64)[None, :, None] * stride_x + k[:, None, :]
+        x = tl.load(x_at, mask=(row < rows)[None, :, None] & (k < depth)[:, None, :], other=0.0)
+        acc += tl.sum(tl.dot(x, weight, input_precision="ieee"), axis=0)
     else:
         for at in range(first, last, BLOCK_K):
             k = at + tl.arange(0, BLOCK_K)
             x = load_x(x_ptr, stride_x, rows, depth, row, k, EVEN)
-            weight = load_weight(weight_ptr, stride_weight, columns, depth, column, k, TRANSPOSE, EVEN, "")
+            weight = load_weight(weight_ptr, stride_weight, columns, depth, column, k, TRANSPOSE, EVEN)
             acc = tl.dot(x, weight, acc, input_precision="ieee")
 
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = row.to(tl.int64)[:, None] * width + (start + column)[None, :]
     if SPLIT > 1:
         tl.store(out_ptr + tl.program_id(1).to(tl.int64) * rows * width + at, acc, mask=inside)
     else:
-        bias = tl.zeros([BLOCK_N], tl.float32)
-        if bias_ptr is not None:
-            if part == 0:
-                bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-        if bias_1_ptr is not None:
-            if part == 1:
-                bias = tl.load(bias_1_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-        if bias_2_ptr is not None:
-            if part == 2:
-                bias = tl.load(bias_2_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-        out = activated(acc + bias[None, :], ACTIVATION)
+        dtype: tl.constexpr = out_ptr.dtype.element_ty
+        out = activated(acc + bias[None, :], ACTIVATION, dtype == tl.float32)
         if residual_ptr is not None:
-            residual_at = row.to(tl.int64)[:, None] * stride_residual + (start + column)[None, :]
-            out += tl.load(residual_ptr + residual_at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+            if CHAINS == 1:
+                residual = tl.load(residual_ptr + residual_at, mask=inside, other=0.0)
+            out += residual.to(tl.float32)
+        tl.store(out_ptr + at, out.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -168,7 +184,7 @@ def store_tile(
     n = column + tl.arange(0, BLOCK_N)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-    acc = activated(acc, ACTIVATION)
+    acc = activated(acc, ACTIVATION, False)
     if residual_ptr is not None:
         m = row + tl.arange(0, BLOCK_M)
         residual_at = residual_ptr + m.to(tl.int64)[:, None] * stride_residual + n[None, :]
@@ -311,6 +327,7 @@ def sum_kernel(
     ACTIVATION: tl.constexpr,
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,  # the bias is constant
     BLOCK: tl.constexpr,
 ):
     # The sums of the parts of the depth, added in their order, and what follows. One program per BLOCK columns of a
@@ -319,15 +336,23 @@ def sum_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     if PDL:
-        await_inputs()
+        gdc_launch_dependents()
+        if not EARLY:
+            gdc_wait()
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL and EARLY:
+        gdc_wait()
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(SPLIT):
         total += tl.load(parts_ptr + (part * rows.to(tl.int64) + row) * width + column, mask=inside, other=0.0)
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    total = activated(total, ACTIVATION)
+        total += bias
+    total = activated(total, ACTIVATION, out_ptr.dtype.element_ty == tl.float32)
     if residual_ptr is not None:
-        total += tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0).to(tl.float32)
+        total += residual
     tl.store(out_ptr + row * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -416,10 +441,20 @@ def split_launches(
                 "rows": rows,
                 "width": Divisible(width),
             },
-            constexprs={"ACTIVATION": attrs.activation, "SPLIT": split, "PDL": pdl, "BLOCK": SUM_BLOCK},
+            constexprs={
+                "ACTIVATION": attrs.activation,
+                "SPLIT": split,
+                "PDL": pdl,
+                "EARLY": pdl and constant(inputs.bias),
+                "BLOCK": SUM_BLOCK,
+            },
             options={"num_warps": 2, "launch_pdl": pdl},
         ),
     ]
+
+
+def constant(tensor: Tensor | None) -> bool:
+    return tensor is None or tensor.constant
 
 
 def residual_rows(residual: Tensor | None) -> Divisible:
@@ -474,13 +509,15 @@ def tile_launch(
         programs = minimum(tiles, device.sm_count * options.pop("PER_SM"))
         loops = {name: bool(options.pop(name, 0)) for name in ("SPECIALIZE", "FLATTEN", "HALVES")}
         return Launch(linear_tma_kernel, (programs,), args, constexprs | loops, {**options, "launch_pdl": pdl})
-    one = bool(depth <= split * blocks["BLOCK_K"])
+    parts = weights_of(inputs)
+    one_block = bool(depth <= split * blocks["BLOCK_K"])
     constexprs |= {
-        "EVEN": bool(depth == split * blocks["BLOCK_K"] if one else depth % blocks["BLOCK_K"] == 0),
-        "ONE": one,
+        "EVEN": bool(depth % blocks["BLOCK_K"] == 0),
         "SPLIT": split,
-        "EARLY": pdl and all(weight is None or weight.constant for _, weight, _ in weights_of(inputs)),
+        "CHAINS": options.pop("CHAINS", 1) if one_block else 1,
+        "EARLY": pdl and all(constant(weight) and constant(bias) for _, weight, bias in parts),
     }
+    options.pop("CHAINS", None)
     return Launch(linear_kernel, (tiles, split), args, constexprs, {**options, "launch_pdl": pdl})
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trimaran.kernels import layer_norm, rms_norm
 from trimaran.kernels import linear as linear_layer
@@ -35,7 +36,7 @@ from trimaran.kernels.contract import (
     Tensor,
     expect_shape,
 )
-from trimaran.kernels.matmul import await_inputs, check_device, check_vectors, weight_sizes
+from trimaran.kernels.matmul import check_device, check_vectors, weight_sizes
 from trimaran.kernels.rms_norm import scaled
 from trimaran.kernels.sizes import contiguous_strides, power_of_2, product
 
@@ -59,6 +60,7 @@ def sum_norm_kernel(
     CAST: tl.constexpr,
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,  # bias, norm_weight and norm_bias are constant
     BLOCK: tl.constexpr,  # power of two, at least columns
 ):
     # One program per row: grid = (rows,).
@@ -66,15 +68,28 @@ def sum_norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < columns
     dtype: tl.constexpr = y_ptr.dtype.element_ty
+    # All that is read is asked for at once, and what is constant before the linear layer has ended.
     if PDL:
-        await_inputs()
+        gdc_launch_dependents()
+        if not EARLY:
+            gdc_wait()
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if norm_weight_ptr is not None:
+        norm_weight = tl.load(norm_weight_ptr + column, mask=inside, other=0.0)
+    if norm_bias_ptr is not None:
+        norm_bias = tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL and EARLY:
+        gdc_wait()
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(SPLIT):
         total += tl.load(parts_ptr + (part * rows.to(tl.int64) + row) * columns + column, mask=inside, other=0.0)
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        total += bias
     if residual_ptr is not None:
-        total += tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0).to(tl.float32)
+        total += residual
     total = total.to(dtype)
     if sum_ptr is not None:
         tl.store(sum_ptr + row * columns + column, total, mask=inside)
@@ -83,9 +98,9 @@ def sum_norm_kernel(
         y = tl.where(inside, y - tl.sum(y, axis=0) / columns, 0.0)
     y = y * tl.rsqrt(tl.sum(y * y, axis=0) / columns + eps)
     if norm_weight_ptr is not None:
-        y = scaled(y, tl.load(norm_weight_ptr + column, mask=inside, other=0.0), CAST, dtype)
+        y = scaled(y, norm_weight, CAST, dtype)
     if norm_bias_ptr is not None:
-        y += tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        y += norm_bias
     tl.store(y_ptr + row * columns + column, y.to(dtype), mask=inside)
 
 
@@ -163,6 +178,7 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
             "CAST": attrs.cast,
             "SPLIT": split,
             "PDL": pdl,
+            "EARLY": pdl and all(map(linear_layer.constant, (inputs.bias, inputs.norm_weight, inputs.norm_bias))),
             "BLOCK": power_of_2(columns),
         },
         options={"num_warps": 4 if columns <= 1024 else 8, "launch_pdl": pdl},

@@ -18,7 +18,6 @@ from trimaran.kernels.norms import spaced_rows
 from trimaran.kernels.sizes import differ
 
 MAX_ROWS = 2**30  # row numbers are int32
-LINE = tl.constexpr(128)  # bytes that come into the L2 at once
 
 
 @triton.jit
@@ -29,25 +28,6 @@ def grouped(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     first = tile // width * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
     return first + tile % width % height, tile % width // height
-
-
-@triton.jit
-def fetch_early(
-    weight_ptr, stride, columns, depth, column, first, last, TRANSPOSE: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Start bringing a tile's part of a weight into the L2: columns `column`, depths first .. last."""
-    size: tl.constexpr = LINE // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    for at in range(first, last, BLOCK_K):
-        if TRANSPOSE:
-            k = tl.minimum(at + tl.arange(0, BLOCK_K), depth - 1)
-            pointers = weight_ptr + k.to(tl.int64)[:, None] * stride + tl.min(column, axis=0)
-        else:
-            k = at + tl.arange(0, triton.cdiv(BLOCK_K, size)) * size
-            row = tl.minimum(column, columns - 1).to(tl.int64)
-            pointers = weight_ptr + row[:, None] * stride + tl.minimum(k, depth - 1)[None, :]
-        tl.inline_asm_elementwise(
-            "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [pointers.to(tl.int64)], tl.int32, False, 1
-        )
 
 
 @triton.jit
@@ -68,22 +48,18 @@ def load_x(x_ptr, stride, rows, depth, row, k, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_weight(
-    weight_ptr, stride, columns, depth, column, k, TRANSPOSE: tl.constexpr, EVEN: tl.constexpr, CACHE: tl.constexpr
-):
+def load_weight(weight_ptr, stride, columns, depth, column, k, TRANSPOSE: tl.constexpr, EVEN: tl.constexpr):
     """[BLOCK_K, BLOCK_N] of W^T, zero beyond the depth unless EVEN. W is [columns, depth], or [depth, columns] where
-    TRANSPOSE; columns beyond the last are zero or repeat it. CACHE ".cg": past the L1, which may be older."""
+    TRANSPOSE; columns beyond the last are zero or repeat it."""
     if TRANSPOSE:
         pointers = weight_ptr + k.to(tl.int64)[:, None] * stride + column[None, :]
-        return tl.load(
-            pointers, mask=(k < depth)[:, None] & (column < columns)[None, :], other=0.0, cache_modifier=CACHE
-        )
+        return tl.load(pointers, mask=(k < depth)[:, None] & (column < columns)[None, :], other=0.0)
     else:
         pointers = weight_ptr + tl.minimum(column, columns - 1).to(tl.int64)[None, :] * stride + k[:, None]
         if EVEN:
-            return tl.load(pointers, cache_modifier=CACHE)
+            return tl.load(pointers)
         else:
-            return tl.load(pointers, mask=(k < depth)[:, None], other=0.0, cache_modifier=CACHE)
+            return tl.load(pointers, mask=(k < depth)[:, None], other=0.0)
 
 
 def matrix_rows(name: str, tensor: Tensor) -> Any:

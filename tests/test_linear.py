@@ -120,12 +120,17 @@ def test_a_depth_in_parts(device, tile, split, depth):
 @pytest.mark.parametrize("depth", [0, 32, 64, 80, 96, 200])
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_constant_weights(device, tile, depth, split, transpose):
-    """Read early, in one block or by bringing them into the cache, where the kernels are compiled for Hopper."""
-    tile(SPLIT=split)
-    inputs = tensors(device, torch.float16, (2, 13, depth), 48, transpose=transpose)
-    inputs[1] = torch.nn.Parameter(inputs[1])
-    check(inputs, transpose_weight=transpose)
+@pytest.mark.parametrize("constant", [False, True])
+def test_chains(device, tile, depth, split, transpose, constant):
+    """Several sums at once, where a part of the depth is one block; constant weights are read early on Hopper."""
+    tile(BLOCK_K=64, SPLIT=split, CHAINS=4)
+    inputs = tensors(device, torch.float16, (2, 13, depth), (48, 16) if split == 1 else 40, transpose=transpose)
+    inputs[3] = draw(device, torch.float16, 2, 13, 64 if split == 1 else 40)
+    if constant:
+        kept = (0, 3)
+        inputs = [t if t is None or i in kept else torch.nn.Parameter(t) for i, t in enumerate(inputs)]
+    with torch.no_grad():
+        check(inputs, activation="gelu", transpose_weight=transpose)
 
 
 @pytest.mark.parametrize("device", DEVICES)
