@@ -39,6 +39,9 @@ def variants(device: torch.device) -> Iterator[tuple[str, Call]]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield from _attention(device, dtype)
         yield from _norms(device, dtype)
+        yield from _rotary(device, dtype)
+        if dtype != torch.float32:  # which is left to the vendor
+            yield from _linears(device, dtype)
 
 
 def _draw(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -78,6 +81,40 @@ def _norms(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Call
         yield f"layer_norm {title}", _call("layer_norm", bias=bias, **both)
         yield f"layer_norm {title} bare", _call("layer_norm", x=x, eps=1e-5)
         yield f"rms_norm {title}", _call("rms_norm", **both)
+
+
+def _linears(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    """Every tile of the tables: few rows in parts and in chains, some, and many, by descriptors."""
+
+    def parameter(*shape: int, seed: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter(_draw(device, dtype, *shape, seed=seed), requires_grad=False)
+
+    for rows, depth in itertools.product((5, 130, 300, 2100), (256, 768, 3072)):
+        columns = 1040
+        x, residual = _draw(device, dtype, rows, depth), _draw(device, dtype, rows, columns, seed=1)
+        weight, bias = parameter(columns, depth, seed=2), parameter(columns, seed=3)
+        title = f"{dtype} {rows} x {depth} x {columns}".replace("torch.", "")
+        layer = {"x": x, "weight": weight, "bias": bias}
+        parts = {"weight_1": weight, "bias_1": bias, "weight_2": weight}
+        yield f"linear {title}", _call("linear", **layer, activation="gelu")
+        yield f"linear {title} residual", _call("linear", **layer, residual=residual)
+        yield f"linear {title} three", _call("linear", **layer, **parts)
+        yield (
+            f"gated_linear {title}",
+            _call("gated_linear", x=x, gate_weight=weight, up_weight=weight, activation="silu"),
+        )
+        end = {**layer, "residual": residual, "norm_weight": bias, "eps": 1e-5, "return_sum": True}
+        yield f"linear_norm {title}", _call("linear_norm", **end, norm="layer")
+
+
+def _rotary(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    positions = torch.arange(130, device=device).flip(0)[None]
+    for head_dim, interleaved in itertools.product((64, 80), (False, True)):
+        q, k = _draw(device, dtype, 2, 4, 130, head_dim), _draw(device, dtype, 2, 1, 130, head_dim, seed=1)
+        cos, sin = (_draw(device, torch.float32, 200, 32, seed=seed) for seed in (2, 3))
+        given = {"q": q, "cos": cos, "sin": sin, "k": k, "positions": positions, "return_k_out": True}
+        title = f"rotary_embedding {dtype} d{head_dim}{' interleaved' if interleaved else ''}".replace("torch.", "")
+        yield title, _call("rotary_embedding", **given, rotary_dim=64, interleaved=interleaved)
 
 
 def _call(op: str, **given: Any) -> Call:

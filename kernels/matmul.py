@@ -6,7 +6,7 @@ keeps it, or [K, N] where transposed (GPT-2's Conv1D); either has rows of contig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import triton
@@ -107,6 +107,15 @@ def check_device(op: str, device: Device, rows: Any) -> None:
         raise Decline(f"{op} needs a GPU of compute capability 8.0, this one has {device.capability / 10}")
     if rows > MAX_ROWS:
         raise Decline(f"more than {MAX_ROWS} rows")
+
+
+def left_to_vendor(op: str, device: Device, dtype: str, config: Mapping[str, int]) -> None:
+    """Decline what the vendor's library, and torch's kernels after it, do sooner: all of fp32, whose products tensor
+    cores do not compute, and the rows of a table that say so."""
+    if device.type == "cuda" and dtype == "float32":
+        raise Decline(f"{op} in fp32 is slower than the vendor's")
+    if config.get("DECLINE"):
+        raise Decline(f"{op} of these sizes is slower than the vendor's")
 
 
 def descriptors_fit(x: Tensor, weights: Sequence[Tensor], out: Tensor | Scratch, transpose: bool) -> bool:

@@ -1,5 +1,6 @@
 """gated_linear: the kernel against fp64, interpreted on the CPU and compiled on a GPU."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,6 +20,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 run = partial(run_kernel, "gated_linear")
 NAMES = [port.name for port in gated_linear.inputs]
+
+
+@pytest.fixture(autouse=True)
+def kernels_alone(request, monkeypatch):
+    """The kernels are tested also where the vendor's are faster."""
+    if "declined" not in request.node.name:
+        monkeypatch.setattr(module, "left_to_vendor", lambda *_: None)
 
 
 def tensors(device, dtype, shape, columns, *, chunked=False, bias=True, transpose=False):
@@ -135,6 +143,8 @@ def test_what_is_declined():
     assert reason([x, matrix(16, 32, strides=(1, 16))]) == "the rows of gate_weight are not contiguous"
     assert reason([x, weight, matrix(16, 32, strides=(1, 16))]) == "the rows of up_weight are not contiguous"
     assert reason([x, weight, weight, None, matrix(16, strides=(2,))]) == "up_bias is not contiguous"
+    fp32 = [replace(tensor, dtype="float32") for tensor in (x, weight, weight)]
+    assert reason(fp32) == "gated_linear in fp32 is slower than the vendor's"
     assert reason([x, weight], Device("cuda", 0, 75, 40, 64 * 1024)).startswith("gated_linear needs a GPU of compute")
 
 
