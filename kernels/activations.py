@@ -23,33 +23,71 @@ CUBIC = tl.constexpr(0.044715)
 SQRT_2_OVER_PI = tl.constexpr(math.sqrt(2 / math.pi))
 SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 QUICK = tl.constexpr(1.702)
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2_HIGH = tl.constexpr(0.693145751953125)  # ln 2 to 16 bits, so that its small multiples are exact
+LN_2_LOW = tl.constexpr(math.log(2) - 0.693145751953125)
+# 1 + erf(x / sqrt 2) = 2 / (1 + 2^(x (A + B x^2 + C x^4))), fitted to where x is up to 6
+GELU_A = tl.constexpr(-1.59501517 * math.log2(math.e))
+GELU_B = tl.constexpr(-7.40119920e-2 * math.log2(math.e))
+GELU_C = tl.constexpr(7.03185695e-4 * math.log2(math.e))
+
+
+@triton.jit
+def exp(x):
+    """Within a unit in the last place of fp32, which the hardware's own is not."""
+    x = tl.minimum(tl.maximum(x, -87.0), 88.0)
+    power = tl.floor(x * LOG2_E + 0.5)
+    rest = (x - power * LN_2_HIGH) - power * LN_2_LOW
+    series = 1.0 / 720.0 + rest * (1.0 / 5040.0)
+    series = 1.0 / 120.0 + rest * series
+    series = 1.0 / 24.0 + rest * series
+    series = 1.0 / 6.0 + rest * series
+    series = 0.5 + rest * series
+    return (1.0 + (rest + rest * rest * series)) * tl.exp2(power)
+
+
+@triton.jit
+def sigmoid(x, EXACT: tl.constexpr):
+    if EXACT:
+        return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + exp(-x))
+    else:
+        return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
 
 
 @triton.jit
 def tanh(x):
     """Within two units in the last place of fp32, near zero too, where the quotient would cancel."""
     square = x * x
-    series = x * (
-        1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0)))
-    )
+    series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0))
+    series = x * (1.0 + square * (-1.0 / 3.0 + square * series))
     return tl.where(tl.abs(x) < 0.2, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
 
 
 @triton.jit
-def activated(x, ACTIVATION: tl.constexpr):
-    """x in fp32, any shape."""
+def gelu(x, EXACT: tl.constexpr):
+    """Where it is rounded to 16 bits, without erf, which costs as much as a product of small depth: within 3e-5."""
+    if EXACT:
+        return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+    else:
+        square = tl.minimum(x * x, 36.0)
+        return x / (1.0 + tl.exp2(x * (square * (square * GELU_C + GELU_B) + GELU_A)))
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """x in fp32, any shape. EXACT: to the accuracy of fp32, not only of what is rounded to 16 bits."""
     if ACTIVATION == "relu":
         x = tl.where(x > 0.0, x, tl.where(x != x, x, 0.0))  # NaN stays
     if ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
-    if ACTIVATION == "gelu_tanh":
-        x = x * tl.sigmoid((x + x * x * x * CUBIC) * (2.0 * SQRT_2_OVER_PI))  # (1 + tanh(u)) / 2 is sigmoid(2 u)
+        x = gelu(x, EXACT)
+    if ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 is sigmoid(2 u)
+        x = x * sigmoid((x + x * x * x * CUBIC) * (2.0 * SQRT_2_OVER_PI), EXACT)
     if ACTIVATION == "silu":
-        x = x * tl.sigmoid(x)
+        x = x * sigmoid(x, EXACT)
     if ACTIVATION == "tanh":
         x = tanh(x)
     if ACTIVATION == "quick_gelu":
-        x = x * tl.sigmoid(x * QUICK)
+        x = x * sigmoid(x * QUICK, EXACT)
     return x
 
 

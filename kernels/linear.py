@@ -12,10 +12,12 @@ by side, as if the weights were one. They stay where they are: a model's q, k an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trimaran.kernels.activations import ACTIVATIONS, activated, activation_body, activation_reference
 from trimaran.kernels.configs import Row, lookup
@@ -36,8 +38,8 @@ from trimaran.kernels.matmul import (
     check_device,
     check_vectors,
     descriptors_fit,
-    fetch_early,
     grouped,
+    left_to_vendor,
     load_weight,
     load_x,
     matrix_rows,
@@ -74,11 +76,11 @@ def linear_kernel(
     depth,
     ACTIVATION: tl.constexpr,
     TRANSPOSE: tl.constexpr,
-    EVEN: tl.constexpr,  # no block reaches beyond the depth
-    ONE: tl.constexpr,  # a program's part of the depth is one block
+    EVEN: tl.constexpr,  # depth is a multiple of BLOCK_K
     SPLIT: tl.constexpr,
+    CHAINS: tl.constexpr,
     PDL: tl.constexpr,  # launched while the last kernel may still run
-    EARLY: tl.constexpr,  # the weights are constant, so they may be read before the last kernel ends
+    EARLY: tl.constexpr,  # weights and biases are constant, so they may be read before the last kernel ends
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,43 +112,59 @@ def linear_kernel(
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, depth)
 
-    k = first + tl.arange(0, BLOCK_K)
+    # What the end needs is asked for before the product, so that it is not waited for after it.
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
     if PDL:
-        if EARLY and ONE:
-            weight = load_weight(weight_ptr, stride_weight, columns, depth, column, k, TRANSPOSE, EVEN, ".cg")
-        elif EARLY:
-            fetch_early(weight_ptr, stride_weight, columns, depth, column, first, last, TRANSPOSE, BLOCK_K)
-        await_inputs()
+        gdc_launch_dependents()
+        if not EARLY:
+            gdc_wait()
+    bias = tl.zeros([BLOCK_N], tl.float32)
+    if bias_ptr is not None:
+        if part == 0:
+            bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    if bias_1_ptr is not None:
+        if part == 1:
+            bias = tl.load(bias_1_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    if bias_2_ptr is not None:
+        if part == 2:
+            bias = tl.load(bias_2_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    if CHAINS > 1:
+        # The part of the depth is one block, summed in CHAINS chains at once: one after the other the products of so
+        # few rows take longer than all loads.
+        k = first + tl.arange(0, CHAINS)[:, None] * (BLOCK_K // CHAINS) + tl.arange(0, BLOCK_K // CHAINS)[None, :]
+        deep = k.to(tl.int64)[:, :, None] * (stride_weight if TRANSPOSE else 1)
+        wide = column.to(tl.int64)[None, None, :] * (1 if TRANSPOSE else stride_weight)
+        present = (k < depth)[:, :, None] & (column < columns)[None, None, :]
+        weight = tl.load(weight_ptr + deep + wide, mask=present, other=0.0, cache_modifier=".cg")
+    if PDL and EARLY:
+        gdc_wait()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if EARLY and ONE:
-        acc = tl.dot(load_x(x_ptr, stride_x, rows, depth, row, k, EVEN), weight, acc, input_precision="ieee")
+    if residual_ptr is not None:
+        residual_at = row.to(tl.int64)[:, None] * stride_residual + (start + column)[None, :]
+        if CHAINS > 1:
+            residual = tl.load(residual_ptr + residual_at, mask=inside, other=0.0)
+    if CHAINS > 1:
+        x_at = x_ptr + row.to(tl.int64)[None, :, None] * stride_x + k[:, None, :]
+        x = tl.load(x_at, mask=(row < rows)[None, :, None] & (k < depth)[:, None, :], other=0.0)
+        acc += tl.sum(tl.dot(x, weight, input_precision="ieee"), axis=0)
     else:
         for at in range(first, last, BLOCK_K):
             k = at + tl.arange(0, BLOCK_K)
             x = load_x(x_ptr, stride_x, rows, depth, row, k, EVEN)
-            weight = load_weight(weight_ptr, stride_weight, columns, depth, column, k, TRANSPOSE, EVEN, "")
+            weight = load_weight(weight_ptr, stride_weight, columns, depth, column, k, TRANSPOSE, EVEN)
             acc = tl.dot(x, weight, acc, input_precision="ieee")
 
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = row.to(tl.int64)[:, None] * width + (start + column)[None, :]
     if SPLIT > 1:
         tl.store(out_ptr + tl.program_id(1).to(tl.int64) * rows * width + at, acc, mask=inside)
     else:
-        bias = tl.zeros([BLOCK_N], tl.float32)
-        if bias_ptr is not None:
-            if part == 0:
-                bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-        if bias_1_ptr is not None:
-            if part == 1:
-                bias = tl.load(bias_1_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-        if bias_2_ptr is not None:
-            if part == 2:
-                bias = tl.load(bias_2_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-        out = activated(acc + bias[None, :], ACTIVATION)
+        dtype: tl.constexpr = out_ptr.dtype.element_ty
+        out = activated(acc + bias[None, :], ACTIVATION, dtype == tl.float32)
         if residual_ptr is not None:
-            residual_at = row.to(tl.int64)[:, None] * stride_residual + (start + column)[None, :]
-            out += tl.load(residual_ptr + residual_at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+            if CHAINS == 1:
+                residual = tl.load(residual_ptr + residual_at, mask=inside, other=0.0)
+            out += residual.to(tl.float32)
+        tl.store(out_ptr + at, out.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -168,7 +186,7 @@ def store_tile(
     n = column + tl.arange(0, BLOCK_N)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-    acc = activated(acc, ACTIVATION)
+    acc = activated(acc, ACTIVATION, False)
     if residual_ptr is not None:
         m = row + tl.arange(0, BLOCK_M)
         residual_at = residual_ptr + m.to(tl.int64)[:, None] * stride_residual + n[None, :]
@@ -311,6 +329,7 @@ def sum_kernel(
     ACTIVATION: tl.constexpr,
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,  # the bias is constant
     BLOCK: tl.constexpr,
 ):
     # The sums of the parts of the depth, added in their order, and what follows. One program per BLOCK columns of a
@@ -319,15 +338,23 @@ def sum_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     if PDL:
-        await_inputs()
+        gdc_launch_dependents()
+        if not EARLY:
+            gdc_wait()
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL and EARLY:
+        gdc_wait()
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(SPLIT):
         total += tl.load(parts_ptr + (part * rows.to(tl.int64) + row) * width + column, mask=inside, other=0.0)
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    total = activated(total, ACTIVATION)
+        total += bias
+    total = activated(total, ACTIVATION, out_ptr.dtype.element_ty == tl.float32)
     if residual_ptr is not None:
-        total += tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0).to(tl.float32)
+        total += residual
     tl.store(out_ptr + row * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -343,8 +370,138 @@ CONFIGS: list[Row] = [
     ({}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4}),
 ]
 
-# For compute capability 9.0 and half precision. SPLIT: parts that the depth is summed in, each by programs of its own.
-HOPPER: list[Row] = CONFIGS
+# For compute capability 9.0 and half precision, measured on an H200 (Triton 3.6). after: 0 where nothing follows the
+# bias, 1 where a residual does, 2 where an activation does; parts: how many weights. SPLIT: parts that the depth is
+# summed in, each by programs of its own; CHAINS: sums that a program with one block of the depth keeps at once; PER_SM:
+# blocks move by descriptors, and programs stay; DECLINE: the vendor's library is at least as fast.
+HOPPER: list[Row] = [
+    (
+        {"rows": 16, "depth": 256, "columns": 4096},
+        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1, "CHAINS": 4},
+    ),
+    (
+        {"rows": 16, "depth": 768, "columns": 1024, "parts": 1},
+        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1, "SPLIT": 3, "CHAINS": 4},
+    ),
+    (
+        {"rows": 16, "depth": 768, "columns": 4096, "parts": 1},
+        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1, "SPLIT": 3, "CHAINS": 4},
+    ),
+    (
+        {"rows": 16, "depth": 1024, "columns": 4096},
+        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 1024, "num_warps": 8, "num_stages": 1, "CHAINS": 8},
+    ),
+    (
+        {"rows": 16, "depth": 3072, "columns": 2048, "parts": 1},
+        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 512, "num_warps": 4, "num_stages": 1, "SPLIT": 6, "CHAINS": 4},
+    ),
+    (
+        {"rows": 16, "columns": 4096, "parts": 1},
+        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3, "SPLIT": 6},
+    ),
+    ({"rows": 16}, {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}),
+    (
+        {"rows": 256, "depth": 1024, "columns": 1024, "parts": 1},
+        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3, "SPLIT": 2},
+    ),
+    (
+        {"rows": 256, "depth": 1024},
+        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+    ),
+    (
+        {"rows": 256, "columns": 2048, "parts": 1},
+        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4, "SPLIT": 4},
+    ),
+    (
+        {"rows": 256},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 5},
+    ),
+    (
+        {"after": 0, "parts": 1},
+        {
+            "BLOCK_M": 128,
+            "BLOCK_N": 256,
+            "BLOCK_K": 64,
+            "num_warps": 8,
+            "num_stages": 3,
+            "PER_SM": 1,
+            "HALVES": 1,
+            "DECLINE": 1,
+        },
+    ),
+    (
+        {"rows": 2048, "columns": 1024},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 5},
+    ),
+    (
+        {"rows": 2048},
+        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "PER_SM": 2, "HALVES": 1},
+    ),
+    (
+        {"after": 1, "parts": 1, "depth": 1024},
+        {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3, "PER_SM": 1, "SPECIALIZE": 1},
+    ),
+    (
+        {"after": 1, "parts": 1, "rows": 8192},
+        {
+            "BLOCK_M": 128,
+            "BLOCK_N": 256,
+            "BLOCK_K": 64,
+            "num_warps": 4,
+            "num_stages": 3,
+            "PER_SM": 1,
+            "SPECIALIZE": 1,
+            "DECLINE": 1,
+        },
+    ),
+    (
+        {"after": 1, "parts": 1},
+        {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3, "PER_SM": 1, "SPECIALIZE": 1},
+    ),
+    (
+        {"after": 1, "rows": 8192},
+        {
+            "BLOCK_M": 128,
+            "BLOCK_N": 128,
+            "BLOCK_K": 64,
+            "num_warps": 4,
+            "num_stages": 4,
+            "PER_SM": 1,
+            "HALVES": 1,
+            "FLATTEN": 1,
+        },
+    ),
+    (
+        {"after": 1},
+        {
+            "BLOCK_M": 128,
+            "BLOCK_N": 256,
+            "BLOCK_K": 64,
+            "num_warps": 8,
+            "num_stages": 3,
+            "PER_SM": 1,
+            "HALVES": 1,
+            "FLATTEN": 1,
+        },
+    ),
+    (
+        {"depth": 1024},
+        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "PER_SM": 2, "HALVES": 1},
+    ),
+    (
+        {},
+        {
+            "BLOCK_M": 128,
+            "BLOCK_N": 256,
+            "BLOCK_K": 64,
+            "num_warps": 8,
+            "num_stages": 3,
+            "PER_SM": 1,
+            "HALVES": 1,
+            "GROUP": 16,
+        },
+    ),
+]
 
 
 def weights_of(inputs: Any) -> list[tuple[str, Tensor | None, Tensor | None]]:
@@ -373,7 +530,23 @@ def infer(inputs: Any, attrs: Any) -> tuple[Tensor]:
 
 
 def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
-    return launches(inputs, outputs.out, outputs.out.shape[-1], attrs, device)
+    width = outputs.out.shape[-1]
+    left_to_vendor("linear", device, inputs.x.dtype, config_of(inputs, width, attrs, device))
+    return launches(inputs, outputs.out, width, attrs, device)
+
+
+def config_of(inputs: Any, width: Any, attrs: Any, device: Device) -> Mapping[str, int]:
+    x = inputs.x
+    table = HOPPER if device.capability == 90 and x.dtype != "float32" else CONFIGS
+    return lookup(
+        table,
+        dtype=x.dtype,
+        rows=product(x.shape[:-1]),
+        columns=width,
+        depth=x.shape[-1],
+        parts=sum(weight is not None for _, weight, _ in weights_of(inputs)),
+        after=2 if attrs.activation != "none" else int(inputs.residual is not None),
+    )
 
 
 def launches(inputs: Any, out: Tensor | Scratch, width: Any, attrs: Any, device: Device) -> list[Launch]:
@@ -382,12 +555,11 @@ def launches(inputs: Any, out: Tensor | Scratch, width: Any, attrs: Any, device:
     rows, depth = product(x.shape[:-1]), x.shape[-1]
     check_device("linear", device, rows)
     check_vectors(inputs, "bias", "bias_1", "bias_2")
-    table = HOPPER if device.capability == 90 and x.dtype != "float32" else CONFIGS
-    facts = {"dtype": x.dtype, "rows": rows, "columns": width, "depth": depth}
-    config = dict(lookup(table, **facts))
+    config = dict(config_of(inputs, width, attrs, device))
     weights = [weight for _, weight, _ in weights_of(inputs) if weight is not None]
     if "PER_SM" in config and not descriptors_fit(x, weights, out, attrs.transpose_weight):
-        config = dict(lookup(CONFIGS, **facts))
+        config = dict(lookup(CONFIGS, dtype=x.dtype, rows=rows, columns=width, depth=depth))
+    config.pop("DECLINE", 0)
     split = config.pop("SPLIT", 1) if inputs.weight_1 is None else 1
     if split > 1:
         return split_launches(inputs, out, attrs, config, split, device)
@@ -416,10 +588,20 @@ def split_launches(
                 "rows": rows,
                 "width": Divisible(width),
             },
-            constexprs={"ACTIVATION": attrs.activation, "SPLIT": split, "PDL": pdl, "BLOCK": SUM_BLOCK},
+            constexprs={
+                "ACTIVATION": attrs.activation,
+                "SPLIT": split,
+                "PDL": pdl,
+                "EARLY": pdl and constant(inputs.bias),
+                "BLOCK": SUM_BLOCK,
+            },
             options={"num_warps": 2, "launch_pdl": pdl},
         ),
     ]
+
+
+def constant(tensor: Tensor | None) -> bool:
+    return tensor is None or tensor.constant
 
 
 def residual_rows(residual: Tensor | None) -> Divisible:
@@ -474,13 +656,15 @@ def tile_launch(
         programs = minimum(tiles, device.sm_count * options.pop("PER_SM"))
         loops = {name: bool(options.pop(name, 0)) for name in ("SPECIALIZE", "FLATTEN", "HALVES")}
         return Launch(linear_tma_kernel, (programs,), args, constexprs | loops, {**options, "launch_pdl": pdl})
-    one = bool(depth <= split * blocks["BLOCK_K"])
+    parts = weights_of(inputs)
+    one_block = bool(depth <= split * blocks["BLOCK_K"])
     constexprs |= {
-        "EVEN": bool(depth == split * blocks["BLOCK_K"] if one else depth % blocks["BLOCK_K"] == 0),
-        "ONE": one,
+        "EVEN": bool(depth % blocks["BLOCK_K"] == 0),
         "SPLIT": split,
-        "EARLY": pdl and all(weight is None or weight.constant for _, weight, _ in weights_of(inputs)),
+        "CHAINS": options.pop("CHAINS", 1) if one_block else 1,
+        "EARLY": pdl and all(constant(weight) and constant(bias) for _, weight, bias in parts),
     }
+    options.pop("CHAINS", None)
     return Launch(linear_kernel, (tiles, split), args, constexprs, {**options, "launch_pdl": pdl})
 
 

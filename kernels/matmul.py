@@ -6,7 +6,7 @@ keeps it, or [K, N] where transposed (GPT-2's Conv1D); either has rows of contig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import triton
@@ -17,7 +17,6 @@ from trimaran.kernels.norms import spaced_rows
 from trimaran.kernels.sizes import differ
 
 MAX_ROWS = 2**30  # row numbers are int32
-LINE = tl.constexpr(128)  # bytes that come into the L2 at once
 
 
 @triton.jit
@@ -31,25 +30,6 @@ def grouped(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def fetch_early(
-    weight_ptr, stride, columns, depth, column, first, last, TRANSPOSE: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Start bringing a tile's part of a weight into the L2: columns `column`, depths first .. last."""
-    size: tl.constexpr = LINE // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    for at in range(first, last, BLOCK_K):
-        if TRANSPOSE:
-            k = tl.minimum(at + tl.arange(0, BLOCK_K), depth - 1)
-            pointers = weight_ptr + k.to(tl.int64)[:, None] * stride + tl.min(column, axis=0)
-        else:
-            k = at + tl.arange(0, triton.cdiv(BLOCK_K, size)) * size
-            row = tl.minimum(column, columns - 1).to(tl.int64)
-            pointers = weight_ptr + row[:, None] * stride + tl.minimum(k, depth - 1)[None, :]
-        tl.inline_asm_elementwise(
-            "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [pointers.to(tl.int64)], tl.int32, False, 1
-        )
-
-
-@triton.jit
 def load_x(x_ptr, stride, rows, depth, row, k, EVEN: tl.constexpr):
     """[BLOCK_M, BLOCK_K] of x [rows, depth], zero beyond the depth unless EVEN; rows beyond the last repeat it."""
     pointers = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride + k[None, :]
@@ -60,22 +40,18 @@ def load_x(x_ptr, stride, rows, depth, row, k, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_weight(
-    weight_ptr, stride, columns, depth, column, k, TRANSPOSE: tl.constexpr, EVEN: tl.constexpr, CACHE: tl.constexpr
-):
+def load_weight(weight_ptr, stride, columns, depth, column, k, TRANSPOSE: tl.constexpr, EVEN: tl.constexpr):
     """[BLOCK_K, BLOCK_N] of W^T, zero beyond the depth unless EVEN. W is [columns, depth], or [depth, columns] where
-    TRANSPOSE; columns beyond the last are zero or repeat it. CACHE ".cg": past the L1, which may be older."""
+    TRANSPOSE; columns beyond the last are zero or repeat it."""
     if TRANSPOSE:
         pointers = weight_ptr + k.to(tl.int64)[:, None] * stride + column[None, :]
-        return tl.load(
-            pointers, mask=(k < depth)[:, None] & (column < columns)[None, :], other=0.0, cache_modifier=CACHE
-        )
+        return tl.load(pointers, mask=(k < depth)[:, None] & (column < columns)[None, :], other=0.0)
     else:
         pointers = weight_ptr + tl.minimum(column, columns - 1).to(tl.int64)[None, :] * stride + k[:, None]
         if EVEN:
-            return tl.load(pointers, cache_modifier=CACHE)
+            return tl.load(pointers)
         else:
-            return tl.load(pointers, mask=(k < depth)[:, None], other=0.0, cache_modifier=CACHE)
+            return tl.load(pointers, mask=(k < depth)[:, None], other=0.0)
 
 
 def matrix_rows(name: str, tensor: Tensor) -> Any:
@@ -123,6 +99,15 @@ def check_device(op: str, device: Device, rows: Any) -> None:
         raise Decline(f"{op} needs a GPU of compute capability 8.0, this one has {device.capability / 10}")
     if rows > MAX_ROWS:
         raise Decline(f"more than {MAX_ROWS} rows")
+
+
+def left_to_vendor(op: str, device: Device, dtype: str, config: Mapping[str, int]) -> None:
+    """Decline what the vendor's library, and torch's kernels after it, do sooner: all of fp32, whose products tensor
+    cores do not compute, and the rows of a table that say so."""
+    if device.type == "cuda" and dtype == "float32":
+        raise Decline(f"{op} in fp32 is slower than the vendor's")
+    if config.get("DECLINE"):
+        raise Decline(f"{op} of these sizes is slower than the vendor's")
 
 
 def descriptors_fit(x: Tensor, weights: Sequence[Tensor], out: Tensor | Scratch, transpose: bool) -> bool:

@@ -9,7 +9,7 @@ from oracle import assert_close, run_kernel, widened
 from trimaran.kernels import linear as module
 from trimaran.kernels.activations import ACTIVATIONS
 from trimaran.kernels.compiler import compile_launch
-from trimaran.kernels.contract import Device, Tensor
+from trimaran.kernels.contract import INTERPRETER, Device, Tensor
 from trimaran.kernels.interpreter import interpret
 from trimaran.kernels.linear import linear, linear_reference
 from trimaran.kernels.plans import PlanCache, make_plan
@@ -20,6 +20,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 run = partial(run_kernel, "linear")
 NAMES = [port.name for port in linear.inputs]
+
+
+@pytest.fixture(autouse=True)
+def kernels_alone(request, monkeypatch):
+    """The kernels are tested also where the vendor's are faster."""
+    if "declined" not in request.node.name:
+        monkeypatch.setattr(module, "left_to_vendor", lambda *_: None)
 
 
 def draw(device, dtype, *shape, scale=1.0):
@@ -120,12 +127,17 @@ def test_a_depth_in_parts(device, tile, split, depth):
 @pytest.mark.parametrize("depth", [0, 32, 64, 80, 96, 200])
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_constant_weights(device, tile, depth, split, transpose):
-    """Read early, in one block or by bringing them into the cache, where the kernels are compiled for Hopper."""
-    tile(SPLIT=split)
-    inputs = tensors(device, torch.float16, (2, 13, depth), 48, transpose=transpose)
-    inputs[1] = torch.nn.Parameter(inputs[1])
-    check(inputs, transpose_weight=transpose)
+@pytest.mark.parametrize("constant", [False, True])
+def test_chains(device, tile, depth, split, transpose, constant):
+    """Several sums at once, where a part of the depth is one block; constant weights are read early on Hopper."""
+    tile(BLOCK_K=64, SPLIT=split, CHAINS=4)
+    inputs = tensors(device, torch.float16, (2, 13, depth), (48, 16) if split == 1 else 40, transpose=transpose)
+    inputs[3] = draw(device, torch.float16, 2, 13, 64 if split == 1 else 40)
+    if constant:
+        kept = (0, 3)
+        inputs = [t if t is None or i in kept else torch.nn.Parameter(t) for i, t in enumerate(inputs)]
+    with torch.no_grad():
+        check(inputs, activation="gelu", transpose_weight=transpose)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -196,6 +208,20 @@ def test_what_is_declined():
     assert declined([x, weight], old) == "linear needs a GPU of compute capability 8.0, this one has 7.5"
 
 
+def test_what_the_vendor_does_sooner_is_declined():
+    x, weight, bias = matrix(4096, 768), matrix(768, 768), matrix(768)
+    slower = "linear of these sizes is slower than the vendor's"
+    assert declined([x, weight, bias]) == slower
+    assert declined([x, weight, bias], activation="gelu") is None
+    assert declined([x, weight, bias, x]) is None
+    assert declined([x, weight, bias, None, weight, bias]) is None, "torch has no product of several weights"
+    assert declined([matrix(128, 768), weight, bias]) is None
+    assert declined([matrix(4096, 3072), matrix(768, 3072), bias, x]) == slower
+    inputs = [matrix(4, 32, dtype="float32"), matrix(16, 32, dtype="float32")]
+    assert declined(inputs) == "linear in fp32 is slower than the vendor's"
+    assert declined(inputs, INTERPRETER) is None
+
+
 X, W = torch.ones(3, 8), torch.ones(4, 8)
 
 
@@ -252,7 +278,7 @@ def test_only_constant_weights_are_read_early():
     ):
         inputs = [x, *weights, *[None] * (7 - len(weights))]
         device = hopper if capability == 90 else Device("cuda", 0, 80, 108, 163 * 1024)
-        (launch,) = make_plan(linear, inputs, linear.attributes({}), device, (True,)).launches
+        launch = make_plan(linear, inputs, linear.attributes({}), device, (True,)).launches[0]
         assert launch.constexprs["EARLY"] == early
         assert launch.constexprs["PDL"] == launch.options["launch_pdl"] == (capability == 90)
         cubin = compile_launch(launch, capability).cubin

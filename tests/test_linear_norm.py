@@ -22,6 +22,13 @@ SPLIT = {"SPLIT": 3, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4
 TABLES = {"joined": [({}, SPLIT)], "one after the other": [({}, {"SPLIT": 0})]}
 
 
+@pytest.fixture(autouse=True)
+def kernels_alone(request, monkeypatch):
+    """The kernels are tested also where the vendor's are faster."""
+    if "declined" not in request.node.name:
+        monkeypatch.setattr(module, "left_to_vendor", lambda *_: None)
+
+
 @pytest.fixture(params=TABLES)
 def table(request, monkeypatch):
     monkeypatch.setattr(module, "CONFIGS", TABLES[request.param])
@@ -132,6 +139,12 @@ def test_few_rows_are_summed_where_they_are_normalized():
     assert names[-1] == "layer_norm_kernel"
     assert len(planned((16, 3072), 768).scratch) == 1
     assert len(planned((4096, 3072), 768).scratch) == 1, "the sum, which is not asked for"
+
+
+def test_what_is_declined():
+    assert planned((16, 3072), 768, "float32").declined == "linear_norm in fp32 is slower than the vendor's"
+    assert planned((16, 3072), 768).declined is None
+    assert planned((16384, 768), 768).declined is None
 
 
 X, W, V = torch.ones(3, 8), torch.ones(4, 8), torch.ones(5)
