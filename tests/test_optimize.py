@@ -157,6 +157,8 @@ def expected_form(name):
         "none": (),
         "causal": ("causal",),
         "causal from the other side": ("causal",),
+        "not causal": ("left",),
+        "shifted": ("right",),
         "keys": ("key_lengths", "key_mask"),
         "keys and causal": ("key_lengths", "key_mask", "causal"),
         "keys twice": ("key_lengths", "key_mask"),
@@ -173,9 +175,8 @@ def test_masks_become_what_they_say(name, size, monkeypatch):
     def record(args, kwargs):
         inputs, attrs, wanted = compute(args, dict(kwargs))
         named = zip(("q", "k", "v", "bias", "key_lengths", "key_mask"), inputs, strict=True)
-        seen.append(
-            (*(key for key, value in named if value is not None and key not in "qkv"), *(["causal"] * attrs.causal))
-        )
+        window = ("causal" * attrs.causal, "left" * (attrs.window_left >= 0), "right" * (attrs.window_right >= 0))
+        seen.append((*(key for key, value in named if value is not None and key not in "qkv"), *filter(None, window)))
         return inputs, attrs, wanted
 
     model = Block(MASKS[name]).eval()
@@ -229,8 +230,6 @@ class Refused(nn.Module):
                 return attend(x, x, torch.cat([x, x], -1))
             case "causal from the start":
                 return attend(x, x[:, :, :2], x[:, :, :2], is_causal=True)
-            case "written out":
-                return torch.softmax(x @ x.transpose(-1, -2), dim=-1) @ x
         raise AssertionError(self.case)
 
 
@@ -244,7 +243,6 @@ class Refused(nn.Module):
         ("three dimensions", r"q has 3 dimensions, expected \[B, H, S, D\]"),
         ("value head", "v has a head dimension of 16, q and k of 8"),
         ("causal from the start", "is_causal with different numbers of queries and keys"),
-        ("written out", "attention written out around a softmax is not recognized yet"),
     ],
 )
 def test_what_is_no_fusion_is_left_with_the_reason(case, reason):
@@ -301,7 +299,7 @@ class Residuals(nn.Module):
         ("sum returned", True),
         ("broadcast", False),
         ("scaled", False),
-        ("sum used before", False),
+        ("sum used before", True),
         ("written in between", False),
         ("other dtype", False),
     ],
