@@ -12,11 +12,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from trimaran.benchmarks import attention, norms
+from trimaran.benchmarks import attention, linear, norms
 from trimaran.benchmarks.cases import Case, Inputs, Suite
 from trimaran.benchmarks.machine import MAX_DRIFT, ceilings, drift, environment, unsteady
 from trimaran.benchmarks.measure import Timing, compare, copies_for, percentile, watch_for
-from trimaran.kernels.catalog import OPS
 from trimaran.torch_path.ops import on_decline
 
 VERSION = 1  # of the JSON, described in benchmarks/README.md
@@ -27,11 +26,10 @@ SUITES: dict[str, Callable[[torch.device, torch.dtype, bool], Suite]] = {
     "attention": attention.suite,
     "layer_norm": partial(norms.suite, "layer_norm"),
     "rms_norm": partial(norms.suite, "rms_norm"),
+    "linear": linear.suite,
+    "gated_linear": linear.gated_suite,
+    "layer": linear.layer_suite,  # of several ops
 }
-
-
-def known() -> list[str]:
-    return [name for name in SUITES if name in OPS]
 
 
 def bench(
@@ -41,9 +39,9 @@ def bench(
 
     ValueError for an unknown op or dtype, and for the full cases on a machine without a GPU.
     """
-    names = list(dict.fromkeys(ops)) or known()
-    if unknown := [name for name in names if name not in known()]:
-        raise ValueError(f"no benchmark for {', '.join(unknown)}, expected some of {', '.join(known())}")
+    names = list(dict.fromkeys(ops)) or list(SUITES)
+    if unknown := [name for name in names if name not in SUITES]:
+        raise ValueError(f"no benchmark for {', '.join(unknown)}, expected some of {', '.join(SUITES)}")
     if dtype and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

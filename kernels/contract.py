@@ -73,7 +73,10 @@ INTERPRETER = Device("cpu")
 @dataclass(frozen=True)
 class Tensor:
     """Metadata of one tensor, or of a view into one. Sizes, strides (in elements) and offset are ints, Sizes, SymInts
-    or Symbols. As a kernel argument it is the address of its first element."""
+    or Symbols. As a kernel argument it is the address of its first element.
+
+    constant: no work that is in flight when a kernel starts writes it (a parameter, an initializer), so a dependent
+    launch may read it before it waits."""
 
     dtype: str
     shape: tuple[Any, ...]
@@ -82,6 +85,7 @@ class Tensor:
     place: Place = "input"
     index: int = -1  # which input, output or scratch buffer
     offset: Any = 0  # elements from the start of the buffer
+    constant: bool = False
 
     @property
     def rank(self) -> int:

@@ -145,8 +145,8 @@ def make_plan(
 
 
 class PlanCache:
-    """The plans of one op, by what a guard cannot say (presence, dtypes, ranks, alignment, attributes, device), then by
-    guards. Bounded: the plans least recently used go first."""
+    """The plans of one op, by what a guard cannot say (presence, dtypes, ranks, alignment, constancy, attributes,
+    device), then by guards. Bounded: the plans least recently used go first."""
 
     def __init__(self, op: Op, limit: int = 512) -> None:
         self.op, self.limit = op, limit
@@ -165,7 +165,7 @@ class PlanCache:
     ) -> tuple[Plan, tuple[int, ...]]:
         """The plan for these inputs, made if there is none, and the sizes to evaluate it with."""
         values = sizes_of(inputs)
-        facts = tuple(None if t is None else (t.dtype, len(t.shape), t.aligned) for t in inputs)
+        facts = tuple(None if t is None else (t.dtype, len(t.shape), t.aligned, t.constant) for t in inputs)
         key = (facts, tuple(vars(attrs).values()), device, wanted, aligned_outputs)
         with self._lock:
             plans = self._plans.get(key)
@@ -192,7 +192,7 @@ def _traced_tensor(trace: Trace, tensor: Tensor | None, index: int) -> Tensor | 
         return None
     shape = tuple(trace.size(size) for size in tensor.shape)
     strides = tuple(trace.size(stride) for stride in tensor.strides)
-    return Tensor(tensor.dtype, shape, strides, tensor.aligned, "input", index)
+    return Tensor(tensor.dtype, shape, strides, tensor.aligned, "input", index, constant=tensor.constant)
 
 
 def _output_tensor(tensor: Tensor, index: int, aligned: bool) -> Tensor:

@@ -159,6 +159,72 @@ def test_half_precision(name):
     check(OPS[name], halves, attrs)
 
 
+LX, LW, LB = draw(2, 3, 24), draw(10, 24) / 5, draw(10)
+LINEARS = {
+    "plain": ((LX, LW), {}),
+    "bias and residual": ((LX, LW, LB, draw(2, 3, 10)), {}),
+    "transposed": ((LX, LW.T.contiguous(), LB), {"transpose_weight": True}),
+    "three": ((LX, LW, LB, draw(2, 3, 25), LW[:5] * 2, None, LW + 1, LB - 1), {"activation": "relu"}),
+    **{
+        name: ((LX, LW, LB), {"activation": name})
+        for name in ("relu", "gelu", "gelu_tanh", "silu", "tanh", "quick_gelu")
+    },
+}
+GATED = {
+    "two weights": ((LX, LW, LW * 2, LB, LB + 1), {}),
+    "no bias": ((LX, LW, LW * 2), {"activation": "gelu"}),
+    "chunked": ((LX, LW, None, LB), {}),
+    "chunked, the second half": ((LX, LW, None, LB), {"gate": "second"}),
+    "chunked, transposed": ((LX, LW.T.contiguous()), {"transpose_weight": True}),
+}
+ENDS = {
+    "layer": ((LX, LW, LB, draw(2, 3, 10), LB + 1, LB), {"norm": "layer"}),
+    "bare": ((LX, LW), {"norm": "layer"}),
+    "rms": ((LX, LW, None, draw(2, 3, 10), LB + 1), {"norm": "rms", "cast": "llama"}),
+}
+ANGLE = torch.arange(5)[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001])
+COS, SIN, WIDE = ANGLE.cos(), ANGLE.sin(), (torch.cat([ANGLE, ANGLE], -1).cos(), torch.cat([ANGLE, ANGLE], -1).sin())
+PAIRED = tuple(t.repeat_interleave(2, -1) for t in (COS, SIN))
+PLACES = torch.tensor([[0, 4, 2, 2, 1], [1, 2, 3, 4, 0]])
+ROTARIES = {
+    "half": ((Q, *WIDE, Q[:, :2]), {}),
+    "half, narrow": ((Q, COS, SIN, Q[:, :2]), {}),
+    "a batch": ((Q, WIDE[0][None], WIDE[1][None], Q), {}),
+    "interleaved": ((Q, *PAIRED, Q), {"interleaved": True}),
+    "interleaved, narrow": ((Q, COS, SIN, Q), {"interleaved": True}),
+    "positions": ((Q, COS, SIN, Q[:, :1], PLACES), {}),
+    "partial": ((draw(2, 4, 5, 12), *WIDE, Q[..., [0] * 12]), {"rotary_dim": 8}),
+    "rows": ((draw(2, 5, 32), *WIDE, draw(2, 5, 16)), {"num_heads": 4, "kv_num_heads": 2}),
+    "packed": ((draw(2, 5, 48), *PAIRED), {"num_heads": 4, "kv_num_heads": 1, "packed": True, "interleaved": True}),
+}
+OTHERS = {
+    **{f"linear, {case}": ("linear", *given) for case, given in LINEARS.items()},
+    **{
+        f"gated_linear, {case}": ("gated_linear", given[0], {"activation": "silu"} | given[1])
+        for case, given in GATED.items()
+    },
+    **{f"linear_norm, {case}": ("linear_norm", given[0], {"eps": 1e-3} | given[1]) for case, given in ENDS.items()},
+    **{f"rotary_embedding, {case}": ("rotary_embedding", *given) for case, given in ROTARIES.items()},
+}
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("case", OTHERS)
+def test_linears_and_rotary(opset, case):
+    name, inputs, attrs = OTHERS[case]
+    two = name == "linear_norm" or (name == "rotary_embedding" and len(inputs) > 3)
+    check(OPS[name], inputs, attrs, outputs=2 if two else 1, opset=opset)
+
+
+@pytest.mark.parametrize(
+    "case", ["linear, gelu", "gated_linear, chunked", "linear_norm, layer", "rotary_embedding, half"]
+)
+def test_linears_and_rotary_in_half_precision(case):
+    name, inputs, attrs = OTHERS[case]
+    halves = [t.half() if t is not None and t.is_floating_point() else t for t in inputs]
+    check(OPS[name], halves, attrs)
+
+
 def test_nan_in_padding_stays_there():
     k, v = K.clone(), V.clone()
     for tensor in (k, v):

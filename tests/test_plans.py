@@ -142,6 +142,7 @@ def test_a_declined_plan_says_why_and_is_kept():
     [
         {"inputs": [vector(40), Tensor("int32", (1,), (1,))]},
         {"inputs": [vector(40, aligned=False)]},
+        {"inputs": [vector(40, constant=True)]},
         {"attrs": OP.attributes({"factor": 4})},
         {"device": INTERPRETER},
         {"aligned": False},

@@ -44,11 +44,13 @@ def schema(op: Op) -> str:
 
 
 def describe(tensor: torch.Tensor | None) -> Tensor | None:
-    """A torch tensor's metadata, as plans take it. A fake tensor keeps its symbolic sizes."""
+    """A torch tensor's metadata, as plans take it. A fake tensor keeps its symbolic sizes. A parameter is constant:
+    what writes it ends before a forward pass begins."""
     if tensor is None:
         return None
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return Tensor(dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.data_ptr() % 16 == 0)
+    constant = isinstance(tensor, torch.nn.Parameter)
+    return Tensor(dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.data_ptr() % 16 == 0, constant=constant)
 
 
 class TorchOp:

@@ -1,0 +1,132 @@
+"""What linear, gated_linear and linear_norm share: how a tile of x times a weight is computed, and how operands lie.
+
+x is [M, K]: any tensor whose rows step evenly, leading dimensions taken as one. A weight is [N, K], as torch's Linear
+keeps it, or [K, N] where transposed (GPT-2's Conv1D); either has rows of contiguous elements that step by `stride`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from trimaran.kernels.contract import Decline, Device, Tensor, readable
+from trimaran.kernels.norms import spaced_rows
+from trimaran.kernels.sizes import differ
+
+MAX_ROWS = 2**30  # row numbers are int32
+LINE = tl.constexpr(128)  # bytes that come into the L2 at once
+
+
+@triton.jit
+def grouped(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """(row, column) of a tile. GROUP rows of tiles are gone through together, column by column, so that programs that
+    run at once share what they read in the L2."""
+    width = GROUP * tiles_n
+    first = tile // width * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    return first + tile % width % height, tile % width // height
+
+
+@triton.jit
+def fetch_early(
+    weight_ptr, stride, columns, depth, column, first, last, TRANSPOSE: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Start bringing a tile's part of a weight into the L2: columns `column`, depths first .. last."""
+    size: tl.constexpr = LINE // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    for at in range(first, last, BLOCK_K):
+        if TRANSPOSE:
+            k = tl.minimum(at + tl.arange(0, BLOCK_K), depth - 1)
+            pointers = weight_ptr + k.to(tl.int64)[:, None] * stride + tl.min(column, axis=0)
+        else:
+            k = at + tl.arange(0, triton.cdiv(BLOCK_K, size)) * size
+            row = tl.minimum(column, columns - 1).to(tl.int64)
+            pointers = weight_ptr + row[:, None] * stride + tl.minimum(k, depth - 1)[None, :]
+        tl.inline_asm_elementwise(
+            "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [pointers.to(tl.int64)], tl.int32, False, 1
+        )
+
+
+@triton.jit
+def await_inputs():
+    """Let the next kernel start, and wait until what the last one wrote can be read."""
+    gdc_launch_dependents()
+    gdc_wait()
+
+
+@triton.jit
+def load_x(x_ptr, stride, rows, depth, row, k, EVEN: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] of x [rows, depth], zero beyond the depth unless EVEN; rows beyond the last repeat it."""
+    pointers = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride + k[None, :]
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(k < depth)[None, :], other=0.0)
+
+
+@triton.jit
+def load_weight(
+    weight_ptr, stride, columns, depth, column, k, TRANSPOSE: tl.constexpr, EVEN: tl.constexpr, CACHE: tl.constexpr = ""
+):
+    """[BLOCK_K, BLOCK_N] of W^T, zero beyond the depth unless EVEN. W is [columns, depth], or [depth, columns] where
+    TRANSPOSE; columns beyond the last are zero or repeat it. CACHE ".cg": past the L1, which may be older."""
+    if TRANSPOSE:
+        pointers = weight_ptr + k.to(tl.int64)[:, None] * stride + column[None, :]
+        return tl.load(
+            pointers, mask=(k < depth)[:, None] & (column < columns)[None, :], other=0.0, cache_modifier=CACHE
+        )
+    else:
+        pointers = weight_ptr + tl.minimum(column, columns - 1).to(tl.int64)[None, :] * stride + k[:, None]
+        if EVEN:
+            return tl.load(pointers, cache_modifier=CACHE)
+        else:
+            return tl.load(pointers, mask=(k < depth)[:, None], other=0.0, cache_modifier=CACHE)
+
+
+def matrix_rows(name: str, tensor: Tensor) -> Any:
+    """The step from one row of [.., K] to the next. Decline where rows do not step evenly or are not contiguous."""
+    if tensor.shape[-1] > 1 and tensor.strides[-1] != 1:
+        raise Decline(f"the last dimension of {name} is not contiguous")
+    sizes, (strides,) = spaced_rows(tensor.shape, [tensor])
+    if any(not isinstance(size, int) or size != 1 for size in sizes[:-1]):
+        raise Decline(f"the rows of {name} do not step evenly")
+    return strides[-1]
+
+
+def weight_rows(name: str, weight: Tensor | None) -> Any:
+    """The step from one row of a weight, as it is kept, to the next. Decline where a row is not contiguous."""
+    if weight is None:
+        return 0
+    if weight.shape[1] > 1 and weight.strides[1] != 1:
+        raise Decline(f"the rows of {name} are not contiguous")
+    return weight.strides[0]
+
+
+def weight_sizes(op: str, name: str, weight: Tensor, depth: Any, transpose: bool) -> Any:
+    """N of a weight. ValueError where it is not a matrix of that depth."""
+    layout = "[K, N]" if transpose else "[N, K]"
+    k = 0 if transpose else 1
+    if weight.rank != 2 or differ(weight.shape[k], depth):
+        wanted = getattr(depth, "value", depth)
+        raise ValueError(
+            f"{op}: {name} has shape {readable(weight.shape)}, expected {layout} with K = {wanted} as x has"
+        )
+    return weight.shape[1 - k]
+
+
+def check_vectors(inputs: Any, *names: str) -> None:
+    """Decline vectors that are not contiguous."""
+    for name in names:
+        vector = getattr(inputs, name)
+        if vector is not None and vector.shape[0] > 1 and vector.strides[0] != 1:
+            raise Decline(f"{name} is not contiguous")
+
+
+def check_device(op: str, device: Device, rows: Any) -> None:
+    """Decline what no kernel of the op runs on."""
+    if device.type == "cuda" and device.capability < 80:
+        raise Decline(f"{op} needs a GPU of compute capability 8.0, this one has {device.capability / 10}")
+    if rows > MAX_ROWS:
+        raise Decline(f"more than {MAX_ROWS} rows")

@@ -1,0 +1,147 @@
+"""gated_linear: the kernel against fp64, interpreted on the CPU and compiled on a GPU."""
+
+from functools import partial
+
+import pytest
+import torch
+from oracle import assert_close, run_kernel, widened
+
+from trimaran.kernels.activations import ACTIVATIONS
+from trimaran.kernels.compiler import compile_launch
+from trimaran.kernels.contract import Device, Tensor
+from trimaran.kernels.gated_linear import gated_linear, gated_linear_reference
+from trimaran.kernels.interpreter import interpret
+from trimaran.kernels.plans import make_plan
+from trimaran.kernels.sizes import contiguous_strides
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+run = partial(run_kernel, "gated_linear")
+NAMES = [port.name for port in gated_linear.inputs]
+
+
+def tensors(device, dtype, shape, columns, *, chunked=False, bias=True, transpose=False):
+    generator = torch.Generator().manual_seed(sum(shape) + columns)
+
+    def make(*size, scale=1.0):
+        return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
+
+    depth, width = shape[-1], columns * 2 if chunked else columns
+    size = (depth, width) if transpose else (width, depth)
+    scale = max(depth, 1) ** -0.5
+    x, gate, gate_bias = make(*shape), make(*size, scale=scale), make(width)
+    up, up_bias = (None, None) if chunked else (make(*size, scale=scale), make(width))
+    return [x, gate, up, gate_bias if bias else None, up_bias if bias else None]
+
+
+def check(inputs, activation="silu", **attrs):
+    given = vars(gated_linear.attributes({"activation": activation, **attrs}))
+    got = run(*inputs, activation=activation, **attrs)
+    (exact,) = gated_linear_reference(*map(widened, inputs), **given)
+    (peer,) = gated_linear_reference(*inputs, **given)
+    assert_close(got, exact, peer)
+    return got
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 64), (2, 5, 72), (100, 33), (300, 128)])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_shapes(device, dtype, shape, chunked):
+    check(tensors(device, dtype, shape, 40, chunked=chunked))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("gate", ["first", "second"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("columns", [24, 65])
+def test_chunked_forms(device, transpose, gate, bias, columns):
+    inputs = tensors(device, torch.float16, (7, 48), columns, chunked=True, bias=bias, transpose=transpose)
+    check(inputs, "gelu", transpose_weight=transpose, gate=gate)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("present", [(True, False), (False, True)])
+def test_one_bias(device, transpose, present):
+    x, gate, up, *biases = tensors(device, torch.float32, (7, 48), 24, transpose=transpose)
+    kept = [bias if here else None for bias, here in zip(biases, present, strict=True)]
+    check([x, gate, up, *kept], transpose_weight=transpose)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(device, activation):
+    check(tensors(device, torch.float32, (20, 64), 48), activation)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_elements_have_pytorchs_own_error(device, dtype):
+    check(tensors(device, dtype, (320, 256), 384, bias=False))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (7,)])
+def test_empty_and_odd_ranks(device, shape):
+    assert check(tensors(device, torch.float32, shape, 12)).shape == (*shape[:-1], 12)
+
+
+def reason(inputs, device=None):
+    where = device or Device("cuda", 0, 90, 132, 227 * 1024)
+    padded = [*inputs, *[None] * (len(NAMES) - len(inputs))]
+    return make_plan(gated_linear, padded, gated_linear.attributes({"activation": "silu"}), where, (True,)).declined
+
+
+def matrix(*shape, strides=None, **facts):
+    return Tensor("float16", shape, strides or contiguous_strides(shape), **facts)
+
+
+def test_what_is_declined():
+    x, weight = matrix(4, 32), matrix(16, 32)
+    assert reason([x, weight, weight]) is None
+    assert reason([matrix(4, 32, strides=(1, 4)), weight]) == "the last dimension of x is not contiguous"
+    assert reason([x, matrix(16, 32, strides=(1, 16))]) == "the rows of gate_weight are not contiguous"
+    assert reason([x, weight, matrix(16, 32, strides=(1, 16))]) == "the rows of up_weight are not contiguous"
+    assert reason([x, weight, weight, None, matrix(16, strides=(2,))]) == "up_bias is not contiguous"
+    assert reason([x, weight], Device("cuda", 0, 75, 40, 64 * 1024)).startswith("gated_linear needs a GPU of compute")
+
+
+X, W = torch.ones(3, 8), torch.ones(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "attrs", "error", "message"),
+    [
+        ({"x": torch.tensor(1.0)}, {}, ValueError, r"x is a scalar, expected \[.., K\]"),
+        ({"gate_weight": torch.ones(4, 9)}, {}, ValueError, r"gate_weight has shape \[4, 9\], expected \[N, K\]"),
+        (
+            {"up_weight": torch.ones(5, 8)},
+            {},
+            ValueError,
+            r"up_weight has shape \[5, 8\], expected the shape of gate_w",
+        ),
+        ({"up_weight": torch.ones(4, 7)}, {}, ValueError, r"up_weight has shape \[4, 7\], expected \[N, K\]"),
+        ({"gate_bias": torch.ones(8)}, {}, ValueError, r"gate_bias has shape \[8\], expected \[N\]"),
+        ({"up_weight": W, "up_bias": torch.ones(8)}, {}, ValueError, r"up_bias has shape \[8\], expected \[N\]"),
+        ({"up_bias": torch.ones(4)}, {}, ValueError, "up_bias is given without up_weight"),
+        ({"gate_weight": torch.ones(5, 8)}, {}, ValueError, r"gate_weight has shape \[5, 8\], expected an even N"),
+        ({}, {"gate": "third"}, ValueError, "gate is 'third', expected one of first, second"),
+        ({"up_weight": W.half()}, {}, TypeError, "up_weight is float16, expected float32 as x is"),
+    ],
+)
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_wrong_inputs_are_refused(inputs, attrs, error, message, interpreted):
+    given = {"x": X, "gate_weight": W} | inputs
+    with interpret(interpreted), pytest.raises(error, match=f"gated_linear: {message}"):
+        torch.ops.trimaran.gated_linear(*(given.get(name) for name in NAMES), activation="silu", **attrs)
+
+
+def test_only_constant_weights_are_read_early():
+    x, weight, constant = matrix(4, 64), matrix(16, 64), matrix(16, 64, constant=True)
+    for weights, early in (((constant, constant), True), ((constant, None), True), ((constant, weight), False)):
+        device, attrs = Device("cuda", 0, 90, 132, 227 * 1024), gated_linear.attributes({"activation": "silu"})
+        (launch,) = make_plan(gated_linear, [x, *weights, None, None], attrs, device, (True,)).launches
+        assert launch.constexprs["EARLY"] == early
+        assert compile_launch(launch, 90).cubin.startswith(b"\x7fELF")

@@ -1,0 +1,158 @@
+"""linear_norm: the kernels against fp64, interpreted on the CPU and compiled on a GPU."""
+
+from functools import partial
+
+import pytest
+import torch
+from oracle import assert_close, run_kernel, widened
+
+from trimaran.kernels import linear_norm as module
+from trimaran.kernels.contract import Device, Tensor
+from trimaran.kernels.interpreter import interpret
+from trimaran.kernels.linear_norm import linear_norm, linear_norm_reference
+from trimaran.kernels.plans import PlanCache, make_plan
+from trimaran.kernels.sizes import contiguous_strides
+from trimaran.torch_path.ops import TORCH_OPS
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+run = partial(run_kernel, "linear_norm")
+NAMES = [port.name for port in linear_norm.inputs]
+SPLIT = {"SPLIT": 3, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+TABLES = {"joined": [({}, SPLIT)], "one after the other": [({}, {"SPLIT": 0})]}
+
+
+@pytest.fixture(params=TABLES)
+def table(request, monkeypatch):
+    monkeypatch.setattr(module, "CONFIGS", TABLES[request.param])
+    monkeypatch.setattr(TORCH_OPS["linear_norm"], "plans", PlanCache(linear_norm))
+    return request.param
+
+
+def tensors(device, dtype, shape, columns, *, bias=True, residual=True, weight=True, norm_bias=True, transpose=False):
+    generator = torch.Generator().manual_seed(sum(shape) + columns)
+
+    def make(*size, scale=1.0, shift=0.0):
+        return (torch.randn(*size, generator=generator) * scale + shift).to(device, dtype)
+
+    depth = shape[-1]
+    return [
+        make(*shape),
+        make(*((depth, columns) if transpose else (columns, depth)), scale=depth**-0.5),
+        make(columns) if bias else None,
+        make(*shape[:-1], columns, shift=0.5) if residual else None,
+        make(columns, shift=1.0) if weight else None,
+        make(columns) if norm_bias else None,
+    ]
+
+
+def check(inputs, norm="layer", return_sum=True, **attrs):
+    given = vars(linear_norm.attributes({"eps": 1e-5, "norm": norm, **attrs}))
+    y, total = run(*inputs, eps=1e-5, norm=norm, return_sum=return_sum, **attrs)
+    exact, exact_sum = linear_norm_reference(*map(widened, inputs), **given)
+    peer, peer_sum = linear_norm_reference(*inputs, **given)
+    assert_close(y, exact, peer)
+    assert (total is not None) == return_sum
+    if return_sum:
+        assert_close(total, exact_sum, peer_sum)
+    return y, total
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (2, 5, 72), (40, 200)])
+@pytest.mark.parametrize("columns", [1, 48, 130])
+def test_shapes(device, dtype, shape, columns, table):
+    check(tensors(device, dtype, shape, columns))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("cast", ["torch", "llama", "gemma"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms(device, cast, residual, table):
+    inputs = tensors(device, torch.float16, (9, 64), 96, residual=residual, norm_bias=False)
+    check(inputs, "rms", cast=cast)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("absent", ["bias", "residual", "weight", "norm_bias"])
+@pytest.mark.parametrize("return_sum", [False, True])
+def test_without(device, absent, return_sum, table):
+    check(tensors(device, torch.float32, (9, 64), 96, **{absent: False}), return_sum=return_sum)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_transposed_weight(device, table):
+    check(tensors(device, torch.float16, (9, 64), 96, transpose=True), transpose_weight=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_elements_have_pytorchs_own_error(device, dtype, table):
+    check(tensors(device, dtype, (280, 96), 384), return_sum=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_norm_is_of_the_sum_that_is_returned(device, table):
+    inputs = tensors(device, torch.bfloat16, (9, 64), 96)
+    y, total = run(*inputs, eps=1e-5, norm="layer", return_sum=True)
+    exact = torch.nn.functional.layer_norm(total.double(), (96,), inputs[4].double(), inputs[5].double(), 1e-5)
+    peer = torch.nn.functional.layer_norm(total, (96,), inputs[4], inputs[5], 1e-5)
+    assert_close(y, exact, peer)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (7,)])
+def test_empty_and_odd_ranks(device, shape, table):
+    y, total = check(tensors(device, torch.float32, shape, 12))
+    assert y.shape == total.shape == (*shape[:-1], 12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_spaced_residual(device, table):
+    x, weight, bias, residual, *rest = tensors(device, torch.float32, (6, 64), 48)
+    wide = torch.zeros(6, 100, device=device)
+    wide[:, 5:53] = residual
+    check([x, weight, bias, wide[:, 5:53], *rest])
+
+
+def planned(shape, columns, dtype="float16", **facts):
+    def matrix(*size):
+        return Tensor(dtype, size, contiguous_strides(size), **facts)
+
+    inputs = [matrix(*shape), matrix(columns, shape[-1]), None, matrix(*shape[:-1], columns), None, None]
+    attrs = linear_norm.attributes({"eps": 1e-5, "norm": "layer"})
+    return make_plan(linear_norm, inputs, attrs, Device("cuda", 0, 90, 132, 227 * 1024), (True, False))
+
+
+def test_few_rows_are_summed_where_they_are_normalized():
+    names = [launch.kernel.fn.__name__ for launch in planned((16, 3072), 768).launches]
+    assert names == ["linear_kernel", "sum_norm_kernel"]
+    names = [launch.kernel.fn.__name__ for launch in planned((4096, 3072), 768).launches]
+    assert names[-1] == "layer_norm_kernel"
+    assert len(planned((16, 3072), 768).scratch) == 1
+    assert len(planned((4096, 3072), 768).scratch) == 1, "the sum, which is not asked for"
+
+
+X, W, V = torch.ones(3, 8), torch.ones(4, 8), torch.ones(5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "attrs", "message"),
+    [
+        ({"x": torch.tensor(1.0)}, {}, r"x is a scalar, expected \[.., K\]"),
+        ({"weight": torch.ones(4, 9)}, {}, r"weight has shape \[4, 9\], expected \[N, K\] with K = 8"),
+        ({"bias": V}, {}, r"bias has shape \[5\], expected \[N\] as weight has = \[4\]"),
+        ({"norm_weight": V}, {}, r"norm_weight has shape \[5\]"),
+        ({"norm_bias": V}, {}, r"norm_bias has shape \[5\]"),
+        ({"residual": torch.ones(3, 5)}, {}, r"residual has shape \[3, 5\], expected the shape of y"),
+        ({"norm_bias": torch.ones(4)}, {"norm": "rms"}, "norm_bias is given, expected none for norm='rms'"),
+        ({}, {"cast": "llama"}, "cast is 'llama', expected 'torch' for norm='layer'"),
+        ({}, {"norm": "batch"}, "norm is 'batch', expected one of layer, rms"),
+    ],
+)
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_wrong_inputs_are_refused(inputs, attrs, message, interpreted):
+    given = {"x": X, "weight": W} | inputs
+    with interpret(interpreted), pytest.raises(ValueError, match=f"linear_norm: {message}"):
+        torch.ops.trimaran.linear_norm(*(given.get(name) for name in NAMES), **({"eps": 1e-5, "norm": "layer"} | attrs))
