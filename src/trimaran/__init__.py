@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trimaran.kernels.interpreter import interpret as interpret
     from trimaran.ort_ops.session import ort_session as ort_session
     from trimaran.torch_path.optimize import optimize_model as optimize_model
+    from trimaran.torch_path.optimize import refresh as refresh
     from trimaran.torch_path.optimize import report as report
     from trimaran.torch_path.optimize import restore as restore
     from trimaran.torch_path.report import Report as Report
@@ -32,6 +33,7 @@ _HOMES = {
     "interpret": "trimaran.kernels.interpreter",
     "optimize_model": "trimaran.torch_path.optimize",
     "ort_session": "trimaran.ort_ops.session",
+    "refresh": "trimaran.torch_path.optimize",
     "report": "trimaran.torch_path.optimize",
     "restore": "trimaran.torch_path.optimize",
     "rewrite_onnx": "trimaran.export.rewrite_onnx",

@@ -29,11 +29,12 @@ from trimaran.torch_path.graph import (
     value,
 )
 from trimaran.torch_path.ops import TORCH_OPS
-from trimaran.torch_path.rules.masks import Mask, MaskReader, Term, bias_input, key_inputs, materialized
+from trimaran.torch_path.rules.masks import Mask, MaskReader, Term, bias_input, imitated, key_inputs
 from trimaran.torch_path.rules.scores import Scores, is_last_axis, read_scores, scaled_by, weighted_values
 
 ATTENTION_ANCHORS = (aten.scaled_dot_product_attention.default, aten.softmax.int)
 _COPIES = (aten.contiguous.default, aten.clone.default)
+_CASTS = (aten.to.dtype, aten.type_as.default)
 _VIEWS = (*RESHAPES, aten.transpose.int, aten.unflatten.int, *_COPIES)
 
 
@@ -60,9 +61,9 @@ def from_sdpa(node: Node) -> Attention | str:
     dropout, is_causal = argument(node, 4, "dropout_p", 0.0), argument(node, 5, "is_causal", False)
     if dropout != 0.0:
         return f"it drops out attention weights with probability {dropout}"
-    for name, operand in (("q", q), ("k", k), ("v", v)):
-        if not is_tensor(operand, rank=4):
-            return f"{name} has {value(operand).dim()} dimensions, expected [B, H, S, D]"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not is_tensor(x, rank=4):
+            return f"{name} has {value(x).dim()} dimensions, expected [B, H, S, D]"
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = value(q).shape[3] ** -0.5
@@ -131,26 +132,37 @@ def with_operands(start: Node, end: Node, sources: Any, scale: float, softcap: f
     """The match, or the reason why these are not operands of the op."""
     q, k, v = sources
     rank = value(q).dim() if is_tensor(q) else 0
-    for name, operand in (("q", q), ("k", k), ("v", v)):
-        if not is_tensor(operand, rank=rank):
-            return f"{name} has {value(operand).dim()} dimensions and q {rank}"
-        if dtype_of(operand) not in attention.types["T"] or dtype_of(operand) != dtype_of(q):
-            return f"{name} is {dtype_of(operand)}, supported are {', '.join(attention.types['T'])}, all alike"
-        if mutation_between(operand, start, end) is not None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not is_tensor(x, rank=rank):
+            return f"{name} has {value(x).dim()} dimensions and q {rank}"
+        if dtype_of(x) not in attention.types["T"] or dtype_of(x) != dtype_of(q):
+            return f"{name} is {dtype_of(x)}, supported are {', '.join(attention.types['T'])}, all alike"
+        if mutation_between(x, start, end) is not None:
             return f"{name} is written into before the weights are multiplied with v"
     head_dim = value(q).shape[-1]
     if not isinstance(head_dim, int) or head_dim > MAX_HEAD_DIM:
         return f"the head dimension is {head_dim}, supported are up to {MAX_HEAD_DIM}"
     if not same(value(v).shape[-1], head_dim):
         return f"v has a head dimension of {value(v).shape[-1]}, q and k of {head_dim}"
-    (q, q_scale), (k, k_scale) = scaled_below(q), scaled_below(unrepeated(k))
-    return Attention(start, end, q, k, Term(unrepeated(v)), scale * q_scale * k_scale, softcap, mask)
+    (k, k_cast), (v, v_cast) = uncast(k), uncast(v)
+    narrow = unrepeated(k), unrepeated(v)
+    if rank == 4 and same(value(narrow[0]).shape[1], value(narrow[1]).shape[1]):
+        k, v = narrow
+    (q, q_scale), (k, k_scale) = scaled_below(q, ()), scaled_below(k, k_cast)
+    return Attention(start, end, q, k, Term(v, v_cast), scale * q_scale * k_scale, softcap, mask)
+
+
+def uncast(node: Node) -> tuple[Node, tuple[Node, ...]]:
+    """A tensor before copies and casts to another dtype, and the casts."""
+    casts: tuple[Node, ...] = ()
+    while called(node, *_COPIES, *_CASTS):
+        casts = (node, *casts) if called(node, *_CASTS) else casts
+        node = node.args[0]  # type: ignore[assignment]
+    return node, casts
 
 
 def unrepeated(node: Node) -> Node:
-    """x [B, Hkv, S, D] where each of its heads was repeated for a group of queries, without its copies."""
-    while called(node, *_COPIES):
-        node = node.args[0]  # type: ignore[assignment]
+    """x [B, Hkv, S, D] where each of its heads was repeated for a group of queries."""
     if called(node, aten.repeat_interleave.self_int) and argument(node, 2, "dim") == 1:
         return node.args[0]  # type: ignore[return-value]
     wide = node.args[0] if called(node, *RESHAPES) else None
@@ -162,15 +174,22 @@ def unrepeated(node: Node) -> Node:
     return source if merged and is_tensor(source, rank=4) else node
 
 
-def scaled_below(node: Node) -> tuple[Term, float]:
-    """The operand without a factor that stands above or below its views, and the factor."""
+def scaled_below(node: Node, casts: tuple[Node, ...]) -> tuple[Term, float]:
+    """The operand, with casts yet to be made, without a factor that stands above or below its views, and the factor."""
     while called(node, *_COPIES):
         node = node.args[0]  # type: ignore[assignment]
-    source, views = node, ()
+    source, views = node, casts
     while called(source, *_VIEWS):
         source, views = source.args[0], (source, *views)  # type: ignore[assignment]
     plain, factor = scaled_by(source)
-    return (Term(plain, views), factor) if factor != 1.0 else (Term(node), 1.0)
+    return (Term(plain, views), factor) if factor != 1.0 else (Term(node, casts), 1.0)
+
+
+def operand(graph: Graph, term: Term) -> Node:
+    node = term.node
+    for view in term.views:
+        node = imitated(graph, node, view)
+    return node
 
 
 def rewrite_attention(graph: Graph, node: Node, match: Attention) -> None:
@@ -186,7 +205,7 @@ def rewrite_attention(graph: Graph, node: Node, match: Attention) -> None:
 def attend(graph: Graph, match: Attention) -> Node:
     """The op's call; its output as [B, H, Sq, D]."""
     target, mask = TORCH_OPS["attention"].overload, match.mask
-    q, k, v = (materialized(graph, term) for term in (match.q, match.k, match.v))
+    q, k, v = (operand(graph, term) for term in (match.q, match.k, match.v))
     if value(q).dim() == 3:
         q, k, v = (call(graph, aten.unsqueeze.default, x, 0) for x in (q, k, v))
     masks = (bias_input(graph, mask, q), *key_inputs(graph, mask, q))

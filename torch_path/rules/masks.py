@@ -232,12 +232,16 @@ def materialized(graph: Graph, term: Term) -> Node:
         if term.hidden:
             node = call(graph, aten.logical_not.default, node)
     for view in term.views:
-        if called(view, aten.contiguous.default, aten.clone.default):
-            continue
-        node = expanded(graph, node, view.args[0])  # type: ignore[arg-type]
-        target = aten.reshape.default if view.target in RESHAPES else view.target
-        node = call(graph, target, node, *view.args[1:], **view.kwargs)
+        node = imitated(graph, expanded(graph, node, view.args[0]), view)  # type: ignore[arg-type]
     return node if term.factor == 1.0 else call(graph, aten.mul.Tensor, node, term.factor)
+
+
+def imitated(graph: Graph, node: Node, view: Node) -> Node:
+    """What `view` is of its first argument, of another node; without copies."""
+    if called(view, aten.contiguous.default, aten.clone.default):
+        return node
+    target: Any = aten.reshape.default if view.target in RESHAPES else view.target
+    return call(graph, target, node, *view.args[1:], **view.kwargs)
 
 
 def expanded(graph: Graph, node: Node, like: Node) -> Node:
