@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from trimaran.benchmarks import attention, linear, norms
+from trimaran.benchmarks import attention, linear, norms, rotary
 from trimaran.benchmarks.cases import Case, Inputs, Suite
 from trimaran.benchmarks.machine import MAX_DRIFT, ceilings, drift, environment, unsteady
 from trimaran.benchmarks.measure import Timing, compare, copies_for, percentile, watch_for
@@ -28,6 +28,7 @@ SUITES: dict[str, Callable[[torch.device, torch.dtype, bool], Suite]] = {
     "rms_norm": partial(norms.suite, "rms_norm"),
     "linear": linear.suite,
     "gated_linear": linear.gated_suite,
+    "rotary_embedding": rotary.suite,
     "layer": linear.layer_suite,  # of several ops
 }
 

@@ -37,6 +37,7 @@ from trimaran.kernels.matmul import (
     await_inputs,
     check_device,
     check_vectors,
+    descriptors_fit,
     fetch_early,
     grouped,
     load_weight,
@@ -45,7 +46,7 @@ from trimaran.kernels.matmul import (
     weight_rows,
     weight_sizes,
 )
-from trimaran.kernels.sizes import cdiv, differ, product
+from trimaran.kernels.sizes import cdiv, differ, minimum, product
 
 
 @triton.jit
@@ -88,11 +89,14 @@ def gated_linear_kernel(
         k = at + tl.arange(0, BLOCK_K)
         x = load_x(x_ptr, stride_x, rows, depth, row, k, EVEN)
         gate = tl.dot(
-            x, load_weight(gate_ptr, stride_gate, columns, depth, column, k, TRANSPOSE, EVEN), gate,
+            x, load_weight(gate_ptr, stride_gate, columns, depth, column, k, TRANSPOSE, EVEN, ""), gate,
             input_precision="ieee",
         )  # fmt: skip
         up = tl.dot(
-            x, load_weight(up_ptr, stride_up, columns, depth, column, k, TRANSPOSE, EVEN), up, input_precision="ieee"
+            x,
+            load_weight(up_ptr, stride_up, columns, depth, column, k, TRANSPOSE, EVEN, ""),
+            up,
+            input_precision="ieee",
         )
 
     if gate_bias_ptr is not None:
@@ -102,6 +106,63 @@ def gated_linear_kernel(
     out = activated(gate, ACTIVATION) * up
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
+def gated_linear_tma_kernel(
+    x_ptr,  # all as gated_linear_kernel's, and every row starts on a multiple of 16 bytes
+    gate_ptr,
+    up_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    out_ptr,
+    stride_x,
+    stride_gate,
+    stride_up,
+    rows,
+    columns,
+    depth,
+    ACTIVATION: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    PDL: tl.constexpr,
+    FLATTEN: tl.constexpr,  # loads of a tile start while the last one is finished
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Blocks move by tensor descriptors, which are written to memory that the last kernel may still use, so even they
+    # wait. As many programs as run at once, each with every so manieth tile.
+    if PDL:
+        await_inputs()
+    x_blocks = tl.make_tensor_descriptor(x_ptr, [rows, depth], [stride_x, 1], [BLOCK_M, BLOCK_K])
+    if TRANSPOSE:
+        gate_blocks = tl.make_tensor_descriptor(gate_ptr, [depth, columns], [stride_gate, 1], [BLOCK_K, BLOCK_N])
+        up_blocks = tl.make_tensor_descriptor(up_ptr, [depth, columns], [stride_up, 1], [BLOCK_K, BLOCK_N])
+    else:
+        gate_blocks = tl.make_tensor_descriptor(gate_ptr, [columns, depth], [stride_gate, 1], [BLOCK_N, BLOCK_K])
+        up_blocks = tl.make_tensor_descriptor(up_ptr, [columns, depth], [stride_up, 1], [BLOCK_N, BLOCK_K])
+    out_blocks = tl.make_tensor_descriptor(out_ptr, [rows, columns], [columns, 1], [BLOCK_M, BLOCK_N])
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = grouped(tile, tiles_m, tiles_n, GROUP)
+        m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
+        gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for at in range(0, depth, BLOCK_K):
+            x = x_blocks.load([m, at])
+            if TRANSPOSE:
+                gate = tl.dot(x, gate_blocks.load([at, n]), gate, input_precision="ieee")
+                up = tl.dot(x, up_blocks.load([at, n]), up, input_precision="ieee")
+            else:
+                gate = tl.dot(x, gate_blocks.load([n, at]).T, gate, input_precision="ieee")
+                up = tl.dot(x, up_blocks.load([n, at]).T, up, input_precision="ieee")
+        column = n + tl.arange(0, BLOCK_N)
+        if gate_bias_ptr is not None:
+            gate += tl.load(gate_bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+        if up_bias_ptr is not None:
+            up += tl.load(up_bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+        out_blocks.store([m, n], (activated(gate, ACTIVATION) * up).to(out_ptr.dtype.element_ty))
 
 
 # Tiles that fit the 99 KiB of shared memory of the smallest supported GPUs (sm_86, sm_120).
@@ -114,6 +175,13 @@ CONFIGS: list[Row] = [
     ({"rows": 16}, {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}),
     ({"rows": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}),
     ({}, {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}),
+]
+
+# For compute capability 9.0 and half precision.
+HOPPER: list[Row] = [
+    ({"rows": 16}, {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}),
+    ({"rows": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}),
+    ({}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4, "PER_SM": 1}),
 ]
 
 
@@ -156,44 +224,49 @@ def halves(inputs: Any, attrs: Any) -> list[tuple[Tensor, Tensor | None]]:
 
 
 def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
-    x, transpose = inputs.x, attrs.transpose_weight
-    rows, depth, columns = product(x.shape[:-1]), x.shape[-1], outputs.out.shape[-1]
+    x, out, transpose = inputs.x, outputs.out, attrs.transpose_weight
+    rows, depth, columns = product(x.shape[:-1]), x.shape[-1], out.shape[-1]
     check_device("gated_linear", device, rows)
     check_vectors(inputs, "gate_bias", "up_bias")
     (gate, gate_bias), (up, up_bias) = halves(inputs, attrs)
-    options = dict(lookup(CONFIGS, dtype=x.dtype, rows=rows, columns=columns, depth=depth))
+    table = HOPPER if device.capability == 90 and x.dtype != "float32" else CONFIGS
+    facts = {"dtype": x.dtype, "rows": rows, "columns": columns, "depth": depth}
+    options = dict(lookup(table, **facts))
+    if "PER_SM" in options and not descriptors_fit(x, [gate, up], out, transpose):
+        options = dict(lookup(CONFIGS, **facts))
     blocks = {name: options.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    args = {
+        "x_ptr": x,
+        "gate_ptr": gate,
+        "up_ptr": up,
+        "gate_bias_ptr": gate_bias,
+        "up_bias_ptr": up_bias,
+        "out_ptr": out,
+        "stride_x": Divisible(matrix_rows("x", x)),
+        "stride_gate": Divisible(weight_rows("gate_weight", gate)),
+        "stride_up": Divisible(weight_rows("up_weight", up)),
+        "rows": rows,
+        "columns": Divisible(columns),
+        "depth": Divisible(depth),
+    }
     pdl = device.capability >= 90
-    return [
-        Launch(
-            gated_linear_kernel,
-            grid=(cdiv(rows, blocks["BLOCK_M"]) * cdiv(columns, blocks["BLOCK_N"]),),
-            args={
-                "x_ptr": x,
-                "gate_ptr": gate,
-                "up_ptr": up,
-                "gate_bias_ptr": gate_bias,
-                "up_bias_ptr": up_bias,
-                "out_ptr": outputs.out,
-                "stride_x": Divisible(matrix_rows("x", x)),
-                "stride_gate": Divisible(weight_rows("gate_weight", gate)),
-                "stride_up": Divisible(weight_rows("up_weight", up)),
-                "rows": rows,
-                "columns": Divisible(columns),
-                "depth": depth,
-            },
-            constexprs={
-                "ACTIVATION": attrs.activation,
-                "TRANSPOSE": transpose,
-                "EVEN": bool(depth % blocks["BLOCK_K"] == 0),
-                "PDL": pdl,
-                "EARLY": pdl and gate.constant and up.constant,
-                "GROUP": options.pop("GROUP", 8),
-                **blocks,
-            },
-            options={**options, "launch_pdl": pdl},
-        )
-    ]
+    constexprs = {
+        "ACTIVATION": attrs.activation,
+        "TRANSPOSE": transpose,
+        "PDL": pdl,
+        "GROUP": options.pop("GROUP", 8),
+        **blocks,
+    }
+    tiles = cdiv(rows, blocks["BLOCK_M"]) * cdiv(columns, blocks["BLOCK_N"])
+    if "PER_SM" in options:
+        programs = minimum(tiles, device.sm_count * options.pop("PER_SM"))
+        constexprs["FLATTEN"] = bool(options.pop("FLATTEN", 0))
+        return [Launch(gated_linear_tma_kernel, (programs,), args, constexprs, {**options, "launch_pdl": pdl})]
+    constexprs |= {
+        "EVEN": bool(depth % blocks["BLOCK_K"] == 0),
+        "EARLY": pdl and gate.constant and up.constant,
+    }
+    return [Launch(gated_linear_kernel, (tiles,), args, constexprs, {**options, "launch_pdl": pdl})]
 
 
 def gated_linear_reference(

@@ -20,8 +20,6 @@ import triton.language as tl
 from trimaran.kernels.activations import ACTIVATIONS, activated, activation_body, activation_reference
 from trimaran.kernels.configs import Row, lookup
 from trimaran.kernels.contract import (
-    ALIGNMENT,
-    ITEMSIZE,
     Attr,
     Device,
     Divisible,
@@ -37,6 +35,7 @@ from trimaran.kernels.matmul import (
     await_inputs,
     check_device,
     check_vectors,
+    descriptors_fit,
     fetch_early,
     grouped,
     load_weight,
@@ -75,7 +74,7 @@ def linear_kernel(
     depth,
     ACTIVATION: tl.constexpr,
     TRANSPOSE: tl.constexpr,
-    EVEN: tl.constexpr,  # depth is a multiple of BLOCK_K
+    EVEN: tl.constexpr,  # no block reaches beyond the depth
     ONE: tl.constexpr,  # a program's part of the depth is one block
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,  # launched while the last kernel may still run
@@ -114,18 +113,18 @@ def linear_kernel(
     k = first + tl.arange(0, BLOCK_K)
     if PDL:
         if EARLY and ONE:
-            weight = load_weight(weight_ptr, stride_weight, columns, last, column, k, TRANSPOSE, EVEN, ".cg")
+            weight = load_weight(weight_ptr, stride_weight, columns, depth, column, k, TRANSPOSE, EVEN, ".cg")
         elif EARLY:
             fetch_early(weight_ptr, stride_weight, columns, depth, column, first, last, TRANSPOSE, BLOCK_K)
         await_inputs()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if EARLY and ONE:
-        acc = tl.dot(load_x(x_ptr, stride_x, rows, last, row, k, EVEN), weight, acc, input_precision="ieee")
+        acc = tl.dot(load_x(x_ptr, stride_x, rows, depth, row, k, EVEN), weight, acc, input_precision="ieee")
     else:
         for at in range(first, last, BLOCK_K):
             k = at + tl.arange(0, BLOCK_K)
-            x = load_x(x_ptr, stride_x, rows, last, row, k, EVEN)
-            weight = load_weight(weight_ptr, stride_weight, columns, last, column, k, TRANSPOSE, EVEN)
+            x = load_x(x_ptr, stride_x, rows, depth, row, k, EVEN)
+            weight = load_weight(weight_ptr, stride_weight, columns, depth, column, k, TRANSPOSE, EVEN, "")
             acc = tl.dot(x, weight, acc, input_precision="ieee")
 
     inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -220,7 +219,7 @@ def tiles_of_weight(
                 weight = weight_blocks.load([at, tile_n * BLOCK_N])
             else:
                 weight = weight_blocks.load([tile_n * BLOCK_N, at]).T
-            acc = tl.dot(x, weight, acc)
+            acc = tl.dot(x, weight, acc, input_precision="ieee")
         row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
         if HALVES:  # one half after the other needs half the registers and shared memory
             width_2: tl.constexpr = BLOCK_N // 2
@@ -386,7 +385,8 @@ def launches(inputs: Any, out: Tensor | Scratch, width: Any, attrs: Any, device:
     table = HOPPER if device.capability == 90 and x.dtype != "float32" else CONFIGS
     facts = {"dtype": x.dtype, "rows": rows, "columns": width, "depth": depth}
     config = dict(lookup(table, **facts))
-    if "PER_SM" in config and not descriptors_fit(inputs, out, attrs.transpose_weight):
+    weights = [weight for _, weight, _ in weights_of(inputs) if weight is not None]
+    if "PER_SM" in config and not descriptors_fit(x, weights, out, attrs.transpose_weight):
         config = dict(lookup(CONFIGS, **facts))
     split = config.pop("SPLIT", 1) if inputs.weight_1 is None else 1
     if split > 1:
@@ -449,7 +449,7 @@ def tile_launch(
             f"weight{part}_ptr": weight,
             f"bias{part}_ptr": bias if split == 1 else None,
             f"stride_weight{part}": Divisible(weight_rows(f"weight{part}", weight)),
-            f"columns{part}": columns,
+            f"columns{part}": Divisible(columns),
         }
         tiles, width = cdiv(rows, blocks["BLOCK_M"]) * cdiv(columns, blocks["BLOCK_N"]) + tiles, columns + width
     args |= {
@@ -460,7 +460,7 @@ def tile_launch(
         "stride_residual": residual_rows(residual),
         "rows": rows,
         "width": Divisible(width),
-        "depth": depth,
+        "depth": Divisible(depth),
     }
     pdl = device.capability >= 90
     constexprs = {
@@ -474,24 +474,14 @@ def tile_launch(
         programs = minimum(tiles, device.sm_count * options.pop("PER_SM"))
         loops = {name: bool(options.pop(name, 0)) for name in ("SPECIALIZE", "FLATTEN", "HALVES")}
         return Launch(linear_tma_kernel, (programs,), args, constexprs | loops, {**options, "launch_pdl": pdl})
+    one = bool(depth <= split * blocks["BLOCK_K"])
     constexprs |= {
-        "EVEN": bool(depth % blocks["BLOCK_K"] == 0),
-        "ONE": bool(depth <= split * blocks["BLOCK_K"]),
+        "EVEN": bool(depth == split * blocks["BLOCK_K"] if one else depth % blocks["BLOCK_K"] == 0),
+        "ONE": one,
         "SPLIT": split,
         "EARLY": pdl and all(weight is None or weight.constant for _, weight, _ in weights_of(inputs)),
     }
     return Launch(linear_kernel, (tiles, split), args, constexprs, {**options, "launch_pdl": pdl})
-
-
-def descriptors_fit(inputs: Any, out: Tensor | Scratch, transpose: bool) -> bool:
-    """Whether the hardware's tensor descriptors can move these: every row starts on a multiple of 16 bytes."""
-    steps = [(inputs.x, matrix_rows("x", inputs.x))]
-    for part, weight, _ in weights_of(inputs):
-        if weight is not None:
-            columns = weight.shape[1 if transpose else 0]
-            steps += [(weight, weight_rows(f"weight{part}", weight)), (weight, columns)]
-    aligned = isinstance(out, Scratch) or out.aligned
-    return aligned and all(t.aligned and step * ITEMSIZE[t.dtype] % ALIGNMENT == 0 for t, step in steps)
 
 
 def linear_reference(

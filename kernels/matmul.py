@@ -6,13 +6,14 @@ keeps it, or [K, N] where transposed (GPT-2's Conv1D); either has rows of contig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trimaran.kernels.contract import Decline, Device, Tensor, readable
+from trimaran.kernels.contract import ALIGNMENT, ITEMSIZE, Decline, Device, Scratch, Tensor, readable
 from trimaran.kernels.norms import spaced_rows
 from trimaran.kernels.sizes import differ
 
@@ -68,7 +69,7 @@ def load_x(x_ptr, stride, rows, depth, row, k, EVEN: tl.constexpr):
 
 @triton.jit
 def load_weight(
-    weight_ptr, stride, columns, depth, column, k, TRANSPOSE: tl.constexpr, EVEN: tl.constexpr, CACHE: tl.constexpr = ""
+    weight_ptr, stride, columns, depth, column, k, TRANSPOSE: tl.constexpr, EVEN: tl.constexpr, CACHE: tl.constexpr
 ):
     """[BLOCK_K, BLOCK_N] of W^T, zero beyond the depth unless EVEN. W is [columns, depth], or [depth, columns] where
     TRANSPOSE; columns beyond the last are zero or repeat it. CACHE ".cg": past the L1, which may be older."""
@@ -130,3 +131,14 @@ def check_device(op: str, device: Device, rows: Any) -> None:
         raise Decline(f"{op} needs a GPU of compute capability 8.0, this one has {device.capability / 10}")
     if rows > MAX_ROWS:
         raise Decline(f"more than {MAX_ROWS} rows")
+
+
+def descriptors_fit(x: Tensor, weights: Sequence[Tensor], out: Tensor | Scratch, transpose: bool) -> bool:
+    """Whether the hardware's tensor descriptors can move these: every row starts on a multiple of 16 bytes, and so does
+    what each weight makes of the output."""
+    steps = [(x, matrix_rows("x", x))]
+    for weight in weights:
+        columns = weight.shape[1 if transpose else 0]
+        steps += [(weight, number) for number in (weight_rows("weight", weight), columns, weight.offset)]
+    aligned = isinstance(out, Scratch) or out.aligned
+    return aligned and all(t.aligned and step * ITEMSIZE[t.dtype] % ALIGNMENT == 0 for t, step in steps)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from trimaran.benchmarks import attention, kernels, machine, norms, report
+from trimaran.benchmarks import attention, kernels, linear, machine, norms, report, rotary
 from trimaran.benchmarks.cases import Case
 from trimaran.benchmarks.gate import allowed, error_of
 from trimaran.benchmarks.measure import Armed, Contender, HostWatch, Timing, compare, copies_for, percentile
 from trimaran.cli import app
 
 CPU = torch.device("cpu")
+QUICK = ["layer_norm", "attention", "linear", "gated_linear", "rotary_embedding", "layer"]
 EXACT = torch.linspace(1, 2, 1000, dtype=torch.float64)
 
 
@@ -232,6 +233,10 @@ def test_only_useful_work_is_counted() -> None:
     assert max(lengths) <= 512
     assert len(set(lengths)) > 10
     assert padded.flop() == 4 * 64 * sum(length**2 for length in lengths)
+    assert linear.Shape(2, 3, 4, "gelu").flop() == linear.Shape(2, 3, 4, "qkv").flop() == 2 * 24
+    assert linear.Shape(2, 3, 4, "swiglu").flop() == 4 * 24
+    assert linear.Layer(2, 4, hidden=8, wide=16).flop() == 2 * 8 * (4 * 64 + 2 * 128) + 4 * 8 * 4 * 8
+    assert rotary.Shape(2, 4, 1, 8, 16).moved(torch.float16) == 2 * 8 * 16 * (2 * 2 * 5 + 2)
     assert norms.moved("layer_norm", 10, 8, False, torch.float16) == 2 * (2 * 80 + 16)
     assert norms.moved("rms_norm", 10, 8, True, torch.float16) == 2 * (4 * 80 + 8)
 
@@ -261,13 +266,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("bench")
-    done = CliRunner().invoke(app, ["bench-kernels", "layer_norm", "attention", "--quick", "--out", str(folder)])
+    done = CliRunner().invoke(app, ["bench-kernels", *QUICK, "--quick", "--out", str(folder)])
     torch.set_num_threads(threads)
     assert done.exit_code == 0, done.output
     return folder, done.output
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "attention"])
+@pytest.mark.parametrize("op", QUICK)
 def test_a_quick_run_writes_json_with_every_field(ran: tuple[Path, str], op: str) -> None:
     found = json.loads((ran[0] / f"{op}.json").read_text())
     assert found["version"] == kernels.VERSION
@@ -292,7 +297,7 @@ def test_a_quick_run_writes_json_with_every_field(ran: tuple[Path, str], op: str
         assert all(bool(peer["reason"]) == (peer["ms"] is None) for peer in peers)
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "attention"])
+@pytest.mark.parametrize("op", QUICK)
 def test_a_quick_run_draws_a_figure(ran: tuple[Path, str], op: str) -> None:
     data = (ran[0] / f"{op}.png").read_bytes()
     assert data.startswith(b"\x89PNG")

@@ -34,16 +34,39 @@ def plans(capability, dtype):
     yield make_plan(OPS["attention"], wide + [None] * 3, OPS["attention"].attributes({"scale": 0.1}), device, (True,))
     norm = [tensor(dtype, 64, 768), tensor(dtype, 768), tensor(dtype, 768), tensor(dtype, 64, 768)]
     yield make_plan(OPS["layer_norm"], norm, OPS["layer_norm"].attributes({"eps": 1e-5}), device, (True, True))
+    yield from linear_plans(device, dtype)
+    q, angles = tensor(dtype, 2, 128, 12, 96), [tensor("float32", 512, 40)] * 2
+    rotary = OPS["rotary_embedding"].attributes({"rotary_dim": 80, "interleaved": True})
+    yield make_plan(OPS["rotary_embedding"], [q, *angles, q, tensor("int64", 2, 12)], rotary, device, (True, True))
+
+
+def linear_plans(device, dtype):
+    """The linear ops for one row, some and many, with constant weights and others, as they are and transposed."""
+    for rows, constant, transpose in ((1, True, False), (128, False, True), (5000, True, False)):
+
+        def weight(columns, depth, constant=constant, transpose=transpose):
+            size = (depth, columns) if transpose else (columns, depth)
+            return Tensor(dtype, size, contiguous_strides(size), constant=constant)
+
+        attrs = {"activation": "gelu", "transpose_weight": transpose}
+        x, up, bias = tensor(dtype, rows, 768), weight(3072, 768), tensor(dtype, 3072)
+        linear = [x, up, bias, tensor(dtype, rows, 9216), up, None, up, bias]
+        yield make_plan(OPS["linear"], linear, OPS["linear"].attributes(attrs), device, (True,))
+        gated = [x, up, up, bias, bias]
+        yield make_plan(OPS["gated_linear"], gated, OPS["gated_linear"].attributes(attrs), device, (True,))
+        wide, sum, norm = tensor(dtype, rows, 3072), tensor(dtype, rows, 768), tensor(dtype, 768)
+        end = [wide, weight(768, 3072), norm, sum, norm, norm]
+        attrs = {"eps": 1e-5, "norm": "layer", "transpose_weight": transpose}
+        yield make_plan(OPS["linear_norm"], end, OPS["linear_norm"].attributes(attrs), device, (True, False))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("capability", [80, 86, 90, 120])
 def test_every_op_compiles_and_fits(capability, dtype):
-    for plan in plans(capability, dtype):
-        (launch,) = plan.launches
+    for launch in (launch for plan in plans(capability, dtype) for launch in plan.launches):
         binary = compile_launch(launch, capability)
         assert binary.cubin.startswith(b"\x7fELF")
-        assert binary.shared <= SHARED_MEMORY[capability] * 1024
+        assert binary.shared <= SHARED_MEMORY[capability] * 1024, (launch.kernel.fn.__name__, launch.constexprs)
         assert binary.threads == 32 * launch.options["num_warps"]
         assert compile_launch(launch, capability) is binary
 

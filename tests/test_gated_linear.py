@@ -6,13 +6,15 @@ import pytest
 import torch
 from oracle import assert_close, run_kernel, widened
 
+from trimaran.kernels import gated_linear as module
 from trimaran.kernels.activations import ACTIVATIONS
 from trimaran.kernels.compiler import compile_launch
 from trimaran.kernels.contract import Device, Tensor
 from trimaran.kernels.gated_linear import gated_linear, gated_linear_reference
 from trimaran.kernels.interpreter import interpret
-from trimaran.kernels.plans import make_plan
+from trimaran.kernels.plans import PlanCache, make_plan
 from trimaran.kernels.sizes import contiguous_strides
+from trimaran.torch_path.ops import TORCH_OPS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -86,6 +88,35 @@ def test_many_elements_have_pytorchs_own_error(device, dtype):
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (7,)])
 def test_empty_and_odd_ranks(device, shape):
     assert check(tensors(device, torch.float32, shape, 12)).shape == (*shape[:-1], 12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("columns", [40, 44])  # rows of 44 are not whole vectors: the plain kernel takes them
+def test_blocks_by_descriptor(device, monkeypatch, transpose, chunked, columns):
+    tile = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2, "PER_SM": 2}
+    plain = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32}
+    monkeypatch.setattr(module, "CONFIGS", [({"columns": 43}, tile), ({}, plain)])
+    monkeypatch.setattr(module, "HOPPER", [({}, tile)])
+    monkeypatch.setattr(TORCH_OPS["gated_linear"], "plans", PlanCache(gated_linear))
+    inputs = tensors(device, torch.float16, (2, 75, 72), columns, chunked=chunked, transpose=transpose)
+    check(inputs, transpose_weight=transpose)
+
+
+def test_what_no_descriptor_can_move_has_another_kernel():
+    x, weight, odd = matrix(4096, 64), matrix(512, 64), matrix(508, 64)
+    device, attrs = Device("cuda", 0, 90, 132, 227 * 1024), gated_linear.attributes({"activation": "silu"})
+
+    def kernel(*inputs):
+        padded = [*inputs, *[None] * (len(NAMES) - len(inputs))]
+        return make_plan(gated_linear, padded, attrs, device, (True,)).launches[0].kernel.fn.__name__
+
+    assert kernel(x, weight, weight) == "gated_linear_tma_kernel"
+    assert kernel(x, odd, odd) == "gated_linear_kernel"
+    assert kernel(matrix(4096, 60), matrix(512, 60)) == "gated_linear_kernel"
+    assert kernel(x, matrix(1020, 64)) == "gated_linear_kernel", "the second half starts between vectors of the output"
+    assert kernel(matrix(4096, 64, aligned=False), weight) == "gated_linear_kernel"
 
 
 def reason(inputs, device=None):

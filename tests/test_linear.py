@@ -117,6 +117,32 @@ def test_a_depth_in_parts(device, tile, split, depth):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("depth", [0, 32, 64, 80, 96, 200])
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_constant_weights(device, tile, depth, split, transpose):
+    """Read early, in one block or by bringing them into the cache, where the kernels are compiled for Hopper."""
+    tile(SPLIT=split)
+    inputs = tensors(device, torch.float16, (2, 13, depth), 48, transpose=transpose)
+    inputs[1] = torch.nn.Parameter(inputs[1])
+    check(inputs, transpose_weight=transpose)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("halves", [0, 1])
+@pytest.mark.parametrize("columns", [40, (64, 8, 80)])
+def test_blocks_by_descriptor(device, tile, transpose, halves, columns):
+    tile(BLOCK_M=64, BLOCK_N=32, PER_SM=2, HALVES=halves)
+    inputs = tensors(device, torch.float16, (2, 75, 72), columns, residual=True, transpose=transpose)
+    check(inputs, activation="gelu", transpose_weight=transpose)
+    check(
+        tensors(device, torch.float16, (2, 75, 72), columns, bias=False, transpose=transpose),
+        transpose_weight=transpose,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_elements_have_pytorchs_own_error(device, dtype):
     check(tensors(device, dtype, (320, 384), 384, residual=True), activation="gelu")
