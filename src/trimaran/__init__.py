@@ -6,6 +6,7 @@ It optimizes PyTorch models in place and makes the attention and norm nodes of O
     export_onnx(model, inputs, "model.onnx")  export a PyTorch model with trimaran's ops
     rewrite_onnx("theirs.onnx", "ours.onnx")  rewrite any exporter's file
     ort_session("ours.onnx")                  an ordinary InferenceSession with the ops registered
+    add_op(op), Rule, RULES                   kernels and rules of your own: docs/own_rule.md
     interpret()                               run the kernels' source on the CPU, to check it without a GPU
 
 Importing this module loads neither torch, onnx, onnxruntime nor triton; using a name loads what that name needs.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trimaran.export.export_onnx import export_onnx as export_onnx
     from trimaran.export.rewrite_onnx import rewrite_onnx as rewrite_onnx
+    from trimaran.kernels.catalog import add_op as add_op
     from trimaran.kernels.interpreter import interpret as interpret
     from trimaran.ort_ops.session import ort_session as ort_session
     from trimaran.torch_path.optimize import optimize_model as optimize_model
@@ -24,11 +26,16 @@ if TYPE_CHECKING:
     from trimaran.torch_path.optimize import report as report
     from trimaran.torch_path.optimize import restore as restore
     from trimaran.torch_path.report import Report as Report
+    from trimaran.torch_path.rewrite import RULES as RULES
+    from trimaran.torch_path.rewrite import Rule as Rule
 
     __version__: str
 
 _HOMES = {
+    "RULES": "trimaran.torch_path.rewrite",
     "Report": "trimaran.torch_path.report",
+    "Rule": "trimaran.torch_path.rewrite",
+    "add_op": "trimaran.kernels.catalog",
     "export_onnx": "trimaran.export.export_onnx",
     "interpret": "trimaran.kernels.interpreter",
     "optimize_model": "trimaran.torch_path.optimize",

@@ -194,6 +194,11 @@ def check_shared(node: Node) -> list[Node] | None:
     return group if known and all(isinstance(value(layer).shape[-1], int) for layer in group) else None
 
 
+def foreign(node: Node) -> bool:
+    """An operator of somebody else's, which may count on rows that lie together."""
+    return getattr(node.target, "namespace", "aten") not in ("aten", "prims", "trimaran")
+
+
 def siblings(one: Node, other: Node) -> bool:
     """Layers of one module, as far as the graph tells."""
     parents = []
@@ -210,6 +215,8 @@ def rewrite_shared(graph: Graph, node: Node, match: list[Node]) -> None:
     starts = [0, *ends]
     slices = [call(graph, aten.slice.Tensor, wide, -1, *span) for span in zip(starts, ends, strict=False)]
     for layer, part in zip(match, slices, strict=True):
+        if any(foreign(user) for user in layer.users):
+            part = call(graph, aten.contiguous.default, part)
         replace(layer, part)
         graph.erase_node(layer)
     for user in graph.nodes:  # rows are further apart now
