@@ -95,7 +95,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *map(without_folder, sys.argv[1:])]),
+        "command": shlex.join(["trimaran", *map(without_folder, sys.argv[1:])]),
     }
     return found | {name: version(name) for name in ("torch", "triton", "trimaran")}
 

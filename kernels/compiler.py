@@ -13,6 +13,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from trimaran.kernels.plans import PlannedLaunch
 
@@ -49,7 +50,8 @@ def compile_launch(launch: PlannedLaunch, capability: int) -> Binary:
 def _compile(launch: PlannedLaunch, capability: int) -> Binary:
     names = launch.kernel.arg_names
     types = {param.name: param.type for param in launch.params}
-    source = ASTSource(
+    language = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = language(
         launch.kernel,
         {name: types.get(name, "constexpr") for name in names},
         dict(launch.constexprs),

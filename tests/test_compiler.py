@@ -16,7 +16,7 @@ from trimaran.kernels.plans import make_plan
 from trimaran.kernels.sizes import contiguous_strides
 from trimaran.torch_path.ops import TORCH_OPS
 
-SHARED_MEMORY = {80: 163, 86: 99, 90: 227, 120: 99}  # KiB that a program may have
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have
 
 
 def tensor(dtype, *shape, aligned=True):
@@ -61,7 +61,7 @@ def linear_plans(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_every_op_compiles_and_fits(capability, dtype):
     for launch in (launch for plan in plans(capability, dtype) for launch in plan.launches):
         binary = compile_launch(launch, capability)

@@ -1,4 +1,4 @@
-"""The command line: `trimaran demo`, `trimaran info` and `trimaran bench-kernels`."""
+"""The command line: `trimaran demo`, `info`, `bench-kernels` and `check-kernels`."""
 
 import json
 import sys
@@ -89,6 +89,44 @@ def bench_kernels(
     for failure in failures:
         errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
     if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def check_kernels(
+    repeats: Annotated[int, typer.Option(min=1, help="How often each variant runs under load.")] = 100,
+    sanitizer: Annotated[list[str] | None, typer.Option(help="memcheck, initcheck, synccheck or racecheck.")] = None,
+) -> None:
+    """Run every compiled variant on a GPU again and again, and under compute-sanitizer. Fails where bits differ or a
+    sanitizer finds something."""
+    import torch
+    from rich.progress import Progress
+
+    from trimaran.benchmarks import soundness
+
+    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    if not torch.cuda.is_available():
+        errors.print("[red]check-kernels needs a CUDA GPU; the tests interpret the kernels on the CPU")
+        raise typer.Exit(2)
+    failed = False
+    with Progress(console=errors) as progress:
+        soundness.compile_all(progress)
+        for tool in sanitizer or []:
+            try:
+                wrong, explained = soundness.sanitize(tool)
+            except (ValueError, OSError, RuntimeError) as error:
+                errors.print(str(error), style="red", markup=False)
+                raise typer.Exit(2) from error
+            console.print(f"{tool}: {wrong.total()} findings, {explained.total()} more are explained")
+            for place, count in wrong.items():
+                errors.print(f"FAILED: {tool}: {count} x {place}", style="red", markup=False)
+            failed |= bool(wrong)
+        found = soundness.repeat(repeats, progress)
+    for name, count in found.items():
+        if count:
+            errors.print(f"FAILED: {name}: {count} of {repeats} runs differ", style="red", markup=False)
+    console.print(f"{len(found)} variants, {repeats} runs each: {sum(found.values())} differ")
+    if failed or any(found.values()):
         raise typer.Exit(1)
 
 
