@@ -146,7 +146,7 @@ def check_gated(node: Node) -> Gated | None:
         if is_plain(gate, *users) and is_plain(other, node) and _same_form(gate, other):  # type: ignore[arg-type]
             return Gated(gate, other, activation)  # type: ignore[arg-type]
         halves = _halves(gate, other)
-        if halves is not None:
+        if halves is not None and {*gate.users} <= users and {*other.users} == {node}:  # type: ignore[union-attr]
             return Gated(halves[0], None, activation, halves[1])
     return None
 
@@ -165,7 +165,8 @@ def _halves(gate: Node, up: Any) -> tuple[Node, str] | None:
     if not is_plain(layer, split) or len(split.users) != 2:  # type: ignore[arg-type, union-attr]
         return None
     axis = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)  # type: ignore[union-attr]
-    last = axis in (-1, value(layer).dim() - 1) and same(value(gate).shape[-1], value(up).shape[-1])
+    half, whole = value(gate).shape[-1], value(layer).shape[-1]
+    last = axis in (-1, value(layer).dim() - 1) and isinstance(whole, int) and whole == 2 * half
     return (layer, "second" if gate.args[1] else "first") if last else None
 
 

@@ -87,7 +87,7 @@ class MaskReader:
         """Add a bool condition under which keys are seen. A str is the reason why that cannot be."""
         for part in conjunction(term):
             known = always(part)
-            bounds = None if part.hidden or known else bounds_of(part.node)
+            bounds = None if known or part.views else bounds_of(part.node, part.hidden)
             if known or (bounds is not None and self.window(bounds)):
                 continue
             shape = part.shape
@@ -191,7 +191,7 @@ def always(term: Term) -> bool:
     known = constant_of(term.node)
     if known is not None:
         return bool(known) is not term.hidden
-    return not term.hidden and bounds_of(term.node) == Bounds()
+    return bounds_of(term.node, term.hidden) == Bounds()
 
 
 def unwrapped(term: Term) -> Term:

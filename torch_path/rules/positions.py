@@ -15,6 +15,7 @@ from torch.fx import Node
 from trimaran.torch_path.graph import argument, aten, called, is_tensor, literal, same, value
 
 KEY, QUERY = 1, 2  # axes, counted from the end
+_OPPOSITE = {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le"}
 _COMPARE = {"le": (0, 1, 0), "lt": (0, 1, 1), "ge": (1, 0, 0), "gt": (1, 0, 1)}  # args[i] + slack <= args[j]
 
 
@@ -39,14 +40,16 @@ class Bounds:
     high: Any = None
 
 
-def bounds_of(condition: Node) -> Bounds | None:
-    """What a bool tensor says about key minus query; `Bounds()` where it always holds, None where it says more."""
-    triangle = _triangle(condition)
+def bounds_of(condition: Node, hidden: bool = False) -> Bounds | None:
+    """What a bool tensor, or its opposite where it says what is hidden, says about key minus query; `Bounds()` where
+    it always holds, None where it says more."""
+    triangle = _triangle(condition, hidden)
     if triangle is not None:
         return triangle
     name = getattr(condition.target, "_opname", "")
     if name not in _COMPARE or not is_tensor(condition):
         return None
+    name = _OPPOSITE[name] if hidden else name
     smaller, larger, slack = _COMPARE[name]
     sides: Any = condition.args
     low, high = sides[smaller], sides[larger]
@@ -84,12 +87,14 @@ def _never_positive(number: Any) -> bool:
     return bool(getattr(expression, "is_nonpositive", None) or (isinstance(expression, int) and expression <= 0))
 
 
-def _triangle(node: Node) -> Bounds | None:
+def _triangle(node: Node, hidden: bool) -> Bounds | None:
     """tril(ones): k <= q + diagonal; triu(ones): k >= q + diagonal"""
     if not called(node, aten.tril.default, aten.triu.default) or constant_of(node.args[0]) not in (True, 1):
         return None
     diagonal = argument(node, 1, "diagonal", 0)
-    return Bounds(high=diagonal) if called(node, aten.tril.default) else Bounds(low=diagonal)
+    if called(node, aten.tril.default):
+        return Bounds(low=diagonal + 1) if hidden else Bounds(high=diagonal)
+    return Bounds(high=diagonal - 1) if hidden else Bounds(low=diagonal)
 
 
 def line_of(node: Any) -> Line | None:

@@ -60,6 +60,8 @@ def _written_out(root: Node) -> RmsNorm | str | None:
     wide, eps = squares
     if eps is None:
         return "eps is computed at run time"
+    if dtype_of(wide) == "float64":
+        return "x is float64, or its squares are"
     x = wide.args[0] if called(wide, *_CASTS) else wide
     normalized = next((user for user in root.users if _normalizes(user, root, {wide, x})), None)
     if normalized is None:
