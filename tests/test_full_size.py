@@ -48,11 +48,12 @@ def fresh_compiler():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [bert, t5, llama, vit], ids=lambda make: make.__name__)
 def test_a_model(make, dtype):
-    model, call, counts = make()
-    model = model.eval().to("cuda", dtype)
+    with torch.device("cuda"):
+        model, call, counts = make()
+    model = model.eval().to(dtype)
     half = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in call.items()}
     with torch.no_grad():
         wide = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in half.items()}
