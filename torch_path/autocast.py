@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimaran.torch_path.graph import aten, call, value
+from trimaran.torch_path.graph import aten, base, call, value, written
 
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
 DEVICES = ("cpu", "cuda")
@@ -59,11 +59,20 @@ def _write_casts(graph: Graph, node: Node, keep: bool) -> None:
     casts = {} if node.target in _CASTS or not in_use() else _casts(node)
     if keep and casts:
         casts = {source: torch.float32 for source in node.all_input_nodes if _is_half(source)}
-    with torch._C._DisableAutocast(), graph.inserting_before(node):
-        made = {source: call(graph, aten.to.dtype, source, dtype) for source, dtype in casts.items()}
+    with torch._C._DisableAutocast():
+        made = {source: _cast(graph, source, dtype, node) for source, dtype in casts.items()}
         node.args = map_arg(node.args, lambda n: made.get(n, n))
         node.kwargs = map_arg(node.kwargs, lambda n: made.get(n, n))
         node.meta["val"] = _run(node)
+
+
+def _cast(graph: Graph, source: Node, dtype: torch.dtype, user: Node) -> Node:
+    """The cast, before its user; of an input that nothing writes into before everything, so that layers can be joined
+    whose weights' casts these are."""
+    constant = source.op == "placeholder" and not any(base(t) is source for n in graph.nodes for t in written(n))
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first if constant else user):
+        return call(graph, aten.to.dtype, source, dtype)
 
 
 def _is_half(node: Node) -> bool:
