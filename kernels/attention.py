@@ -44,6 +44,7 @@ from trimaran.kernels.contract import (
     expect_shape,
     readable,
 )
+from trimaran.kernels.dependent import await_inputs, dependent
 from trimaran.kernels.sizes import cdiv, differ, known, power_of_2
 
 MAX_HEAD_DIM = 256
@@ -221,6 +222,7 @@ def attention_kernel(
     BIAS_DESCRIPTOR: tl.constexpr,  # and those of the bias
     FOLD: tl.constexpr,  # multiply by the scale, which is positive, after the maximum is taken
     EXACT: tl.constexpr,  # fp32: scores keep their own units, which costs a multiplication an element
+    PDL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,  # power of two, at least HEAD_DIM
     BLOCK_M: tl.constexpr,
@@ -229,6 +231,8 @@ def attention_kernel(
     # One program per block of BLOCK_M queries of one head: grid = (cdiv(queries, BLOCK_M) * heads * B,). The blocks of
     # a head stand next to each other, so that they find its keys in the cache; with a bias, which all batches may
     # share, the batches do. The last block, which sees most under causality, goes first.
+    if PDL:
+        await_inputs()
     blocks = tl.cdiv(queries, BLOCK_M)
     if bias_ptr is not None:
         batch = (tl.program_id(0) % batches).to(tl.int64)
@@ -502,13 +506,14 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
                 "BIAS_DESCRIPTOR": bias_descriptor,
                 "FOLD": q.dtype != "float32" and attrs.scale > 0 and not attrs.softcap and bias is None,
                 "EXACT": q.dtype == "float32",
+                "PDL": dependent(device),
                 "MEAN": attrs.masked_row == "mean",
                 "HEAD_DIM": head_dim,
                 "BLOCK_D": power_of_2(head_dim, least=16),
                 "BLOCK_M": block_m,
                 "BLOCK_N": block_n,
             },
-            options=config,
+            options={**config, "launch_pdl": dependent(device)},
         )
     ]
 

@@ -9,35 +9,56 @@ import ctypes
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from trimaran.kernels.compiler import Binary, compile_launch
 from trimaran.kernels.contract import Device
 from trimaran.kernels.plans import PlannedLaunch
+from trimaran.kernels.programs import Loaded
 
-_CTYPES = {
+PARAMETER_TYPES = {
     "i32": ctypes.c_int32,
     "i64": ctypes.c_int64,
     "fp32": ctypes.c_float,
 }
 _DEVICE_ATTRIBUTES = {"sm_count": 16, "major": 75, "minor": 76, "shared_memory": 97}
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6  # CUlaunchAttributeID
 
 
-class _Attribute(ctypes.Structure):
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute"""
+
     _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint32 * 16)]
 
 
-class _Config(ctypes.Structure):
+class Config(ctypes.Structure):
+    """CUlaunchConfig"""
+
     _fields_ = [
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attributes", ctypes.POINTER(Attribute)),
         ("attribute_count", ctypes.c_uint),
+    ]
+
+
+class Functions(ctypes.Structure):
+    """Addresses for a launcher that is not written in Python: the driver's functions, or stand-ins of the same
+    signatures, and the context to be in (all null where there are no contexts)."""
+
+    _fields_ = [
+        ("launch", ctypes.c_void_p),  # cuLaunchKernelEx
+        ("zero", ctypes.c_void_p),  # cuMemsetD8Async
+        ("get_context", ctypes.c_void_p),
+        ("push_context", ctypes.c_void_p),
+        ("pop_context", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
     ]
 
 
@@ -62,9 +83,14 @@ def call(name: str, *arguments: Any) -> None:
     library = _library()
     status = getattr(library, name)(*arguments)
     if status:
-        text = ctypes.c_char_p()
-        library.cuGetErrorString(status, ctypes.byref(text))
-        raise CudaError(f"{name}: {(text.value or b'unknown error').decode()} (CUresult {status})")
+        raise error(name, status)
+
+
+def error(name: str, status: int) -> CudaError:
+    """What a driver function's CUresult means."""
+    text = ctypes.c_char_p()
+    _library().cuGetErrorString(status, ctypes.byref(text))
+    return CudaError(f"{name}: {(text.value or b'unknown error').decode()} (CUresult {status})")
 
 
 @functools.cache
@@ -93,6 +119,7 @@ class Driver:
         self._functions: weakref.WeakKeyDictionary[PlannedLaunch, _Function] = weakref.WeakKeyDictionary()
         self._loaded: dict[int, tuple[Binary, int]] = {}
         self._lock = threading.Lock()
+        self._events = threading.local()  # one event for each thread, which records and waits in one go
         self._context = _primary_context(index)
 
     def launch(
@@ -114,12 +141,87 @@ class Driver:
                 call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def zero(self, address: int, count: int, stream: int) -> None:
+        self._in_context(
+            "cuMemsetD8Async", ctypes.c_uint64(address), 0, ctypes.c_size_t(count), ctypes.c_void_p(stream)
+        )
+
+    def _in_context(self, name: str, *arguments: Any) -> None:
         pushed = self._push()
         try:
-            call("cuMemsetD8Async", ctypes.c_uint64(address), 0, ctypes.c_size_t(count), ctypes.c_void_p(stream))
+            call(name, *arguments)
         finally:
             if pushed:
                 call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def load(self, launch: PlannedLaunch) -> Loaded:
+        """The launch's kernel, compiled and loaded, for launchers that are not written in Python."""
+        pushed = self._push()
+        try:
+            function = self._function(launch)
+        finally:
+            if pushed:
+                call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+        binary = function.binary
+        return Loaded(
+            function.handle,
+            binary.threads,
+            binary.shared,
+            binary.num_ctas,
+            binary.global_scratch,
+            launch_attributes(binary),
+        )
+
+    @functools.cached_property
+    def functions(self) -> Functions:
+        names = ("LaunchKernelEx", "MemsetD8Async", "CtxGetCurrent", "CtxPushCurrent_v2", "CtxPopCurrent_v2")
+        library = _library()
+        addresses = [ctypes.cast(getattr(library, f"cu{name}"), ctypes.c_void_p).value for name in names]
+        return Functions(*addresses, self._context.value)
+
+    @functools.cached_property
+    def stream(self) -> int:
+        """A stream of our own that does not wait for the default one. It lives as long as the process."""
+        stream = ctypes.c_void_p()
+        self._in_context("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        return stream.value or 0
+
+    def copy(self, copies: Iterable[tuple[int, int, int]], stream: int) -> None:
+        """Copy (target, source, bytes) each, between any addresses of the host or a device, in the stream's order."""
+        pushed = self._push()
+        try:
+            for target, source, count in copies:
+                if count and (status := self._memcpy(target, source, count, stream)):
+                    raise error("cuMemcpyAsync", status)
+        finally:
+            if pushed:
+                call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    @functools.cached_property
+    def _memcpy(self) -> Any:
+        types = (ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+        return ctypes.CFUNCTYPE(*types)(("cuMemcpyAsync", _library()))
+
+    def wait(self, stream: int, other: int) -> None:
+        """Make a stream wait for all that is queued on another one now."""
+        pushed = self._push()
+        try:
+            event = getattr(self._events, "event", None)
+            if event is None:
+                event = self._events.event = ctypes.c_void_p()
+                call("cuEventCreate", ctypes.byref(event), _DISABLE_TIMING)
+            call("cuEventRecord", event, ctypes.c_void_p(other))
+            call("cuStreamWaitEvent", ctypes.c_void_p(stream), event, 0)
+        finally:
+            if pushed:
+                call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def synchronize(self, stream: int) -> None:
+        """Wait for all that is queued on the stream."""
+        self._in_context("cuStreamSynchronize", ctypes.c_void_p(stream))
+
+    def failure(self, status: int) -> CudaError:
+        """What went wrong in one of `functions`."""
+        return error("launching", status)
 
     def _push(self) -> bool:
         """Make this device's context current, where a thread has none or that of another device; whether that was
@@ -147,7 +249,7 @@ class Driver:
             if binary.shared > 48 * 1024:
                 call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_MEMORY, binary.shared)
             self._loaded[id(binary)] = (binary, function.value or 0)
-        types = [ctypes.c_uint64 if param.place else _CTYPES[param.type] for param in launch.params]
+        types = [ctypes.c_uint64 if param.place else PARAMETER_TYPES[param.type] for param in launch.params]
         return _Function(self._loaded[id(binary)][1], binary, [*types, ctypes.c_uint64, ctypes.c_uint64])
 
 
@@ -156,19 +258,13 @@ class _Function:
 
     def __init__(self, handle: int, binary: Binary, types: list[Any]) -> None:
         self.handle, self.binary, self.types = handle, binary, types
-        attributes = []
-        if binary.launch_cooperative_grid:
-            attributes.append(_attribute(_COOPERATIVE, 1))
-        if binary.num_ctas > 1:
-            attributes.append(_attribute(_CLUSTER_DIMENSION, binary.num_ctas, 1, 1))
-        if binary.launch_pdl:
-            attributes.append(_attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1))
-        self.attributes = (_Attribute * len(attributes))(*attributes)
+        attributes = [Attribute(id=number, value=words) for number, words in launch_attributes(binary)]
+        self.attributes = (Attribute * len(attributes))(*attributes)
 
     def __call__(self, grid: tuple[int, int, int], arguments: list[Any], stream: int) -> None:
         values = [convert(argument) for convert, argument in zip(self.types, arguments, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        config = _Config(
+        config = Config(
             grid=(grid[0] * self.binary.num_ctas, grid[1], grid[2]),
             block=(self.binary.threads, 1, 1),
             shared=self.binary.shared,
@@ -187,5 +283,13 @@ def _primary_context(index: int) -> ctypes.c_void_p:
     return context
 
 
-def _attribute(identity: int, *values: int) -> _Attribute:
-    return _Attribute(id=identity, value=values)
+def launch_attributes(binary: Binary) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """(CUlaunchAttributeID, words of its value) for each option that is one."""
+    found: list[tuple[int, tuple[int, ...]]] = []
+    if binary.launch_cooperative_grid:
+        found.append((_COOPERATIVE, (1,)))
+    if binary.num_ctas > 1:
+        found.append((_CLUSTER_DIMENSION, (binary.num_ctas, 1, 1)))
+    if binary.launch_pdl:
+        found.append((_PROGRAMMATIC_STREAM_SERIALIZATION, (1,)))
+    return tuple(found)

@@ -33,8 +33,8 @@ from trimaran.kernels.contract import (
     expect_shape,
     readable,
 )
+from trimaran.kernels.dependent import await_inputs, dependent
 from trimaran.kernels.matmul import (
-    await_inputs,
     check_device,
     check_vectors,
     descriptors_fit,
@@ -255,7 +255,7 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
         "columns": Divisible(columns),
         "depth": Divisible(depth),
     }
-    pdl = device.capability >= 90
+    pdl = dependent(device)
     constexprs = {
         "ACTIVATION": attrs.activation,
         "TRANSPOSE": transpose,

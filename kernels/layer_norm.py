@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from trimaran.kernels.contract import Attr, Device, Input, Launch, Op, Output, Tensor
+from trimaran.kernels.dependent import await_inputs
 from trimaran.kernels.norms import infer_norm, load_total, norm_launch, row_starts
 
 
@@ -41,10 +42,13 @@ def layer_norm_kernel(
     DIMENSIONS: tl.constexpr,  # of the three leading ones, how many are more than one element long; at least 1
     WHOLE: tl.constexpr,  # a row fits in BLOCK
     EARLY: tl.constexpr,  # the weight is read before the reduction, which would otherwise be waited for
+    PDL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # power of two, at least columns where WHOLE
 ):
     # One program per ROWS rows: grid = (cdiv(rows, ROWS),).
+    if PDL:
+        await_inputs()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None]
     column = tl.arange(0, BLOCK)[None, :]

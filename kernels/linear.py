@@ -33,8 +33,8 @@ from trimaran.kernels.contract import (
     Tensor,
     expect_shape,
 )
+from trimaran.kernels.dependent import await_inputs, dependent
 from trimaran.kernels.matmul import (
-    await_inputs,
     check_device,
     check_vectors,
     descriptors_fit,
@@ -577,7 +577,7 @@ def split_launches(
     width = inputs.weight.shape[1 if attrs.transpose_weight else 0]
     rows = product(inputs.x.shape[:-1])
     parts = Scratch("float32", rows * width * split)
-    pdl = device.capability >= 90
+    pdl = dependent(device)
     return [
         tile_launch(inputs, parts, None, attrs, config, device, split),
         Launch(
@@ -648,7 +648,7 @@ def tile_launch(
         "width": Divisible(width),
         "depth": Divisible(depth),
     }
-    pdl = device.capability >= 90
+    pdl = dependent(device)
     constexprs = {
         "ACTIVATION": attrs.activation if split == 1 else "none",
         "TRANSPOSE": transpose,

@@ -36,6 +36,7 @@ from trimaran.kernels.contract import (
     Tensor,
     expect_shape,
 )
+from trimaran.kernels.dependent import dependent
 from trimaran.kernels.matmul import check_device, check_vectors, left_to_vendor, weight_sizes
 from trimaran.kernels.rms_norm import scaled
 from trimaran.kernels.sizes import contiguous_strides, power_of_2, product
@@ -174,7 +175,7 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     split = config.pop("SPLIT")
     if not split or columns > JOINED_COLUMNS:
         return one_after_the_other(inputs, outputs, attrs, device)
-    pdl = device.capability >= 90
+    pdl = dependent(device)
     parts = Scratch("float32", rows * columns * split)
     own = SimpleNamespace(activation="none", transpose_weight=attrs.transpose_weight)
     multiply = linear_layer.tile_launch(linear_inputs(inputs), parts, None, own, config, device, split)

@@ -11,7 +11,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trimaran.kernels.contract import ALIGNMENT, ITEMSIZE, Decline, Device, Scratch, Tensor, readable
 from trimaran.kernels.norms import spaced_rows
@@ -28,13 +27,6 @@ def grouped(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     first = tile // width * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
     return first + tile % width % height, tile % width // height
-
-
-@triton.jit
-def await_inputs():
-    """Let the next kernel start, and wait until what the last one wrote can be read."""
-    gdc_launch_dependents()
-    gdc_wait()
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from trimaran.kernels.configs import Row, lookup
 from trimaran.kernels.contract import Decline, Device, Divisible, Tensor, expect_shape
+from trimaran.kernels.dependent import dependent
 from trimaran.kernels.sizes import cdiv, power_of_2, product
 
 MAX_COLUMNS = 65536
@@ -119,10 +120,11 @@ def norm_launch(op: str, inputs: Any, outputs: Any, eps: float, device: Device) 
             "DIMENSIONS": max(1, sum(not isinstance(size, int) or size != 1 for size in sizes)),
             "WHOLE": block <= WHOLE_COLUMNS,
             "EARLY": block <= EARLY_COLUMNS * config["num_warps"],
+            "PDL": dependent(device),
             "ROWS": config.pop("ROWS"),
             "BLOCK": config.pop("BLOCK"),
         },
-        "options": config,
+        "options": {**config, "launch_pdl": dependent(device)},
     }
 
 

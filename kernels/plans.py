@@ -88,6 +88,7 @@ class Plan:
         launches: Sequence[PlannedLaunch],
         declined: str | None = None,
     ) -> None:
+        self.sizes = len(trace.values)
         self.guards = dict(trace.guards)
         self.dtypes = tuple(None if t is None else t.dtype for t in outputs)
         self.shapes = tuple(None if t is None else tuple(map(expression_of, t.shape)) for t in outputs)

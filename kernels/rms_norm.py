@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from trimaran.kernels.contract import Attr, Device, Input, Launch, Op, Output, Tensor
+from trimaran.kernels.dependent import await_inputs
 from trimaran.kernels.norms import infer_norm, load_total, norm_launch, row_starts
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -61,10 +62,13 @@ def rms_norm_kernel(
     DIMENSIONS: tl.constexpr,  # of the three leading ones, how many are more than one element long; at least 1
     WHOLE: tl.constexpr,  # a row fits in BLOCK
     EARLY: tl.constexpr,  # the weight is read before the reduction, which would otherwise be waited for
+    PDL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # power of two, at least columns where WHOLE
 ):
     # One program per ROWS rows: grid = (cdiv(rows, ROWS),).
+    if PDL:
+        await_inputs()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None]
     column = tl.arange(0, BLOCK)[None, :]

@@ -39,7 +39,7 @@ from trimaran.kernels.contract import (
     expect_shape,
     readable,
 )
-from trimaran.kernels.matmul import await_inputs
+from trimaran.kernels.dependent import await_inputs, dependent
 from trimaran.kernels.sizes import cdiv, differ, known, power_of_2
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -244,7 +244,7 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
             raise Decline(f"the rows of {name} are not contiguous")
     options = dict(lookup(CONFIGS, length=length, pairs=pairs))
     block = options.pop("BLOCK_S")
-    pdl = device.capability >= 90
+    pdl = dependent(device)
     heads = q_heads if k is None else q_heads + k.shape[1]
     return [
         Launch(

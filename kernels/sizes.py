@@ -71,7 +71,7 @@ class Size:
     def combine(self, name: str, left: Any, right: Any) -> Any:
         if not all(isinstance(side, (int, Size)) for side in (left, right)):
             return NotImplemented
-        expression = _simplified(name, expression_of(left), expression_of(right))
+        expression = simplified(name, expression_of(left), expression_of(right))
         value = _ARITHMETIC[name](value_of(left), value_of(right))
         return Size(expression, value, self.trace) if isinstance(expression, tuple) else value
 
@@ -236,7 +236,7 @@ def _traced(name: str, a: Any, b: Any) -> Any:
     return traced.combine(name, a, b) if isinstance(traced, Size) else _ARITHMETIC[name](a, b)
 
 
-def _simplified(name: str, left: Expression, right: Expression) -> Expression:
+def simplified(name: str, left: Expression, right: Expression) -> Expression:
     """Folds constants and neutral elements, so that equal sizes often have equal expressions."""
     if isinstance(left, int) and isinstance(right, int):
         return _ARITHMETIC[name](left, right)

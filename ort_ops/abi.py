@@ -79,6 +79,8 @@ SLOTS: dict[str, tuple[int, tuple[Any, ...]]] = {
     "KernelContext_GetScratchBuffer": (277, (P, P, SIZE, P)),
     "KernelInfoGetAllocator": (278, (P, c_int, P)),
 }
+# name: (index in OrtApi, the release of onnxruntime that appended it)
+NEWER_SLOTS = {"GetTensorElementTypeAndShapeDataReference": (414, (1, 24))}
 _RESULTS: dict[str, Any] = {
     "GetErrorMessage": c_char_p,
     "ReleaseStatus": None,
@@ -144,9 +146,14 @@ class Api:
         address = _FUNCTION(P, c_uint32)(table[0])(API_VERSION)
         if not address:
             raise OrtError(f"onnxruntime {self.version_text} is too old, expected 1.{API_VERSION} or newer")
-        functions = ctypes.cast(address, ctypes.POINTER(P))
+        self._functions = ctypes.cast(address, ctypes.POINTER(P))
         for name, (index, arguments) in SLOTS.items():
-            setattr(self, name, _FUNCTION(_RESULTS.get(name, P), *arguments)(functions[index]))
+            setattr(self, name, _FUNCTION(_RESULTS.get(name, P), *arguments)(self._functions[index]))
+
+    def address(self, name: str) -> int:
+        """The address of a function; 0 for one that this release has not."""
+        index, since = NEWER_SLOTS[name] if name in NEWER_SLOTS else (SLOTS[name][0], (1, API_VERSION))
+        return (self._functions[index] or 0) if self.version >= since else 0
 
     def check(self, status: int | None) -> None:
         """OrtError where a call returned a status."""
@@ -191,3 +198,8 @@ _SCALARS = {"float": (c_float, FLOAT_ATTRIBUTE), "int": (c_int64, INT_ATTRIBUTE)
 def scalar_attribute(kind: str) -> tuple[Any, int]:
     """(C type, OrtOpAttrType) of an attribute that is no string; a bool is an ONNX int."""
     return _SCALARS[kind]
+
+
+def immortalize(value: object) -> None:
+    """Never free what ONNX Runtime or others hold plain pointers to."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))

@@ -9,42 +9,34 @@ be longer than this module, so they are never freed.
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import logging
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from ctypes import c_void_p
-from pathlib import Path
 from typing import Any
 
-from trimaran.kernels.contract import ALIGNMENT, INTERPRETER, Decline, Op, Tensor
-from trimaran.kernels.driver import driver
-from trimaran.kernels.execute import Executor, execute
-from trimaran.kernels.interpreter import Interpreter
-from trimaran.kernels.plans import Plan, PlanCache, Work
+from trimaran.kernels.contract import Op
+from trimaran.kernels.plans import PlanCache
 from trimaran.ort_ops import inference
 from trimaran.ort_ops.abi import (
     API_VERSION,
     CALLBACKS,
-    CPU,
     DEFAULT_MEMORY,
     ELEMENT_TYPE,
-    FAIL,
-    INVALID_ARGUMENT,
-    NOT_IMPLEMENTED,
     OPTIONAL,
     REQUIRED,
     Api,
     OrtCustomOp,
+    immortalize,
 )
-from trimaran.ort_ops.context import Node, Run, node_name
+from trimaran.ort_ops.context import Node, node_name
+from trimaran.ort_ops.hot_path import HotKernel, compute_address
+from trimaran.ort_ops.kernel import KERNELS, Kernel, status
 
 log = logging.getLogger("trimaran")
 _VARIANTS: dict[int, Variant] = {}  # by the address of the struct
-_KERNELS: dict[int, Kernel] = {}  # by the handle that ORT keeps
-_HANDLES = itertools.count(1)
+_HANDLES = itertools.count(1)  # of kernels that ctypes runs; those that C runs have their addresses
 _THREAD = threading.local()
 
 
@@ -68,6 +60,9 @@ class Variant:
         for name, callback in _CALLBACKS.items():
             if name != "InferOutputShapeFn" or inference.can_infer(api, op):
                 setattr(self.struct, name, ctypes.cast(callback, c_void_p).value)
+        if hot := compute_address(op):
+            self.struct.KernelComputeV2 = hot
+        self.hot = hot != 0
         self.address = ctypes.addressof(self.struct)
         _VARIANTS[self.address] = self
         immortalize(self)
@@ -85,48 +80,6 @@ def variants(api: Api, domain: str, op: Op, provider: str, plans: PlanCache) -> 
         yield Variant(api, domain, op, provider, dict(zip(op.types, dtypes, strict=True)), plans)
 
 
-class Kernel:
-    """What computes one node of one session."""
-
-    def __init__(self, variant: Variant, node: Node) -> None:
-        self.variant, self.node = variant, node
-        self.label = f"{variant.label}, node {node.name!r}"
-        if variant.provider == CPU:
-            self.device, self.executor = INTERPRETER, _interpreter()
-        else:
-            found = driver(node.device_index)
-            self.device, self.executor = found.device, found
-
-    def compute(self, context: int) -> None:
-        """Raises Decline where the op has no kernel for these sizes, ValueError or TypeError where they are wrong."""
-        run = Run(self.variant.api, context, self.node)
-        types = self.variant.input_types
-        inputs: list[Tensor | None] = [None] * len(types)
-        addresses = [0] * len(types)
-        for index in range(self.node.input_count):
-            inputs[index], addresses[index] = run.input(index, types[index])
-        plan, work = self.plan(inputs, True)
-        outputs = [0 if shape is None else run.output(index, shape) for index, shape in enumerate(work.outputs)]
-        if any(address % ALIGNMENT for address in outputs):
-            plan, work = self.plan(inputs, False)
-        try:
-            execute(plan, work, addresses, outputs, self.executor, run.allocate, run.stream())
-        finally:
-            run.release()
-
-    def plan(self, inputs: list[Tensor | None], aligned_outputs: bool) -> tuple[Plan, Work]:
-        node = self.node
-        plan, sizes = self.variant.plans.find(inputs, node.attrs, self.device, node.wanted, aligned_outputs)
-        if plan.declined is not None:
-            raise Decline(f"{self.variant.op.name} has no kernel for these inputs: {plan.declined}")
-        return plan, plan.evaluate(sizes)
-
-
-@functools.cache
-def _interpreter() -> Executor:
-    return Interpreter()
-
-
 # Callbacks. None of them may raise: ctypes would print the exception and return garbage.
 
 
@@ -135,30 +88,34 @@ def _create(struct: int, _api: int, info: int, out: int) -> int | None:
     label = variant.label
     try:
         label = f"{label}, node {node_name(variant.api, info)!r}"
-        node = Node(variant.api, info, variant.op, variant.provider)
-        handle = next(_HANDLES)
-        _KERNELS[handle] = Kernel(variant, node)
-        c_void_p.from_address(out).value = handle
+        kernel = Kernel(variant, Node(variant.api, info, variant.op, variant.provider))
+        if variant.hot:
+            hot = HotKernel(kernel)
+            KERNELS[hot.address] = hot
+            c_void_p.from_address(out).value = hot.address
+        else:
+            handle = c_void_p.from_address(out).value = next(_HANDLES)
+            KERNELS[handle] = kernel
     except BaseException as error:
-        return _status(variant.api, label, error)
+        return status(variant.api, label, error)
     return None
 
 
 def _compute(handle: int, context: int) -> int | None:
-    kernel = _KERNELS[handle]
+    kernel: Kernel = KERNELS[handle]
     try:
         if not hasattr(_THREAD, "kept"):
             _keep_thread_state()
         kernel.compute(context)
     except BaseException as error:
-        return _status(kernel.variant.api, kernel.label, error)
+        return kernel.status(error)
     return None
 
 
-def _destroy(handle: int, kernels: dict[int, Kernel] = _KERNELS) -> None:
+def _destroy(handle: int, kernels: dict[int, Any] = KERNELS) -> None:
     """`kernels` is bound here because a session may outlive this module's names when the interpreter exits."""
     if kernel := kernels.pop(handle, None):
-        kernel.node.close()
+        kernel.close()
 
 
 def _infer(struct: int, context: int) -> None:
@@ -175,19 +132,6 @@ def _keep_thread_state() -> None:
     reference, never given back, keeps it."""
     _THREAD.kept = True
     ctypes.pythonapi.PyGILState_Ensure()
-
-
-def _status(api: Api, label: str, error: BaseException) -> int:
-    code, place = FAIL, ""
-    if isinstance(error, Decline):
-        code = NOT_IMPLEMENTED
-    elif isinstance(error, (ValueError, TypeError)):
-        code = INVALID_ARGUMENT
-    else:  # not of the user's making: say where
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    log.debug("%s failed", label, exc_info=error)
-    return api.status(code, f"{label}: {type(error).__name__}: {error}{place}")
 
 
 def _characteristic(optional: bool) -> int:
@@ -213,10 +157,6 @@ def _callbacks() -> dict[str, Any]:
         "InferOutputShapeFn": _infer,
     }
     return {name: CALLBACKS[name](function) for name, function in functions.items()}
-
-
-def immortalize(value: object) -> None:
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 _CALLBACKS = _callbacks()

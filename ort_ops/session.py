@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trimaran.kernels.contract import Op
-from trimaran.kernels.driver import CudaError, device
+from trimaran.kernels.driver import CudaError, device, driver
 from trimaran.kernels.interpreter import interpreting
 from trimaran.ort_ops.abi import CPU, CUDA
 from trimaran.ort_ops.domain import TRIMARAN, Domain
@@ -31,27 +31,35 @@ LEAST_CAPABILITY = 80
 def ort_session(
     path: str | os.PathLike[str] | bytes,
     providers: Sequence[Provider] | None = None,
+    cuda_graph: bool = False,
     *,
+    domains: Sequence[Domain] = (),
     session_options: onnxruntime.SessionOptions | None = None,
     **kwargs: Any,
 ) -> onnxruntime.InferenceSession:
     """An ordinary `onnxruntime.InferenceSession` in which Trimaran's ops are registered.
 
     path: an ONNX file, or its bytes. providers: as onnxruntime takes them; by default CUDA where there is a device, and
-    the CPU. session_options: the ops are registered on them, so they are this function's to change. kwargs: what else
+    the CPU. cuda_graph: runs on CUDA are captured and replayed, see `Runner`. domains: of ops of your own, registered
+    as well. session_options: the ops are registered on them, so they are this function's to change. kwargs: what else
     InferenceSession takes.
 
-    Raises FileNotFoundError; ValueError for what is not an ONNX model, an unknown provider, or a node of Trimaran's
-    that has neither a registered op nor a function body; TypeError for arguments of the wrong type; RuntimeError for a
-    file whose function bodies need a newer onnxruntime; ImportError without onnxruntime. Other errors are
-    onnxruntime's own.
+    Raises FileNotFoundError; ValueError for what is not an ONNX model, an unknown provider, a CUDA graph without CUDA,
+    or a node of Trimaran's that has neither a registered op nor a function body; TypeError for arguments of the wrong
+    type; RuntimeError for a file whose function bodies need a newer onnxruntime; ImportError without onnxruntime. Other
+    errors are onnxruntime's own.
     """
     ort = _onnxruntime()
     model = _model(path)
     if providers is None:
         providers = default_providers()
+    providers = _with_options(providers, kwargs.pop("provider_options", None))
+    if cuda_graph:
+        providers = _with_graphs(providers)
     options = ort.SessionOptions() if session_options is None else session_options
-    registered = register(options, _with_options(providers, kwargs.get("provider_options")))
+    registered = register(options, providers)
+    for domain in domains:
+        register(options, providers, domain)
     if not registered and _version(ort) < OVERLOADS:
         require_bodies(model, ort.__version__)
     try:
@@ -127,11 +135,24 @@ def _checked(providers: Sequence[Provider]) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _with_options(providers: Sequence[Provider], options: Sequence[Mapping[str, Any]] | None) -> Sequence[Provider]:
+def _with_options(providers: Sequence[Provider], options: Any) -> Sequence[Provider]:
     """The providers with what InferenceSession's `provider_options` says of each."""
-    if options is None or isinstance(providers, str) or len(options) != len(providers):
-        return providers  # what is wrong is said by `register`, or by onnxruntime
+    if options is None:
+        return providers
+    if not isinstance(options, Sequence) or len(options) != len(providers):
+        raise ValueError(f"provider_options is {options!r}, expected one mapping for each of {list(providers)!r}")
     return [(p, o) if isinstance(p, str) else p for p, o in zip(providers, options, strict=True)]
+
+
+def _with_graphs(providers: Sequence[Provider]) -> Sequence[Provider]:
+    """The providers, CUDA told to capture graphs, and to work on a stream that a `Runner` can copy on."""
+    checked = _checked(providers)
+    if CUDA not in checked:
+        raise ValueError(f"cuda_graph is True, which takes {CUDA}; providers are {', '.join(checked)}")
+    given = dict(checked[CUDA])
+    stream = given.get("user_compute_stream") or driver(int(given.get("device_id", 0))).stream
+    checked[CUDA] = given | {"enable_cuda_graph": "1", "user_compute_stream": str(stream)}
+    return list(checked.items())
 
 
 def _model(path: Any) -> str | bytes:

@@ -279,9 +279,12 @@ def test_a_head_that_is_not_contiguous_is_declined(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
-def test_empty(device, batch, queries, keys):
-    q, k, v = operands(device, torch.float32, batch=batch, queries=queries, keys=keys)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_empty(device, dtype, batch, queries, keys):
+    q, k, v = operands(device, dtype, batch=batch, queries=queries, keys=keys)
     assert torch.equal(run(q, k, v, scale=0.2), torch.zeros_like(q))
+    bias = torch.zeros(1, q.shape[1], queries, keys, dtype=dtype, device=device)
+    assert torch.equal(run(q, k, v, bias, scale=0.2), torch.zeros_like(q))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -17,12 +17,15 @@ from typing import Any
 
 import pytest
 
+from trimaran.ort_ops.native import file_name, native
+
 ROOT = Path(__file__).resolve().parents[1]
 FACE = "src/trimaran"
 FLOORS = {"kernels": 1, "torch_path": 2, "ort_ops": 2, "export": 3, "benchmarks": 4}
 FACE_FLOOR = 5
 FOLDERS = sorted(FLOORS)
 VERBS = {"optimize_model", "restore", "report", "Report", "interpret", "ort_session", "export_onnx", "rewrite_onnx"}
+VERBS |= {"Runner", "Domain", "triton_op"}
 HEAVY = {"torch", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "triton", "transformers", "numpy"}
 
 
@@ -86,6 +89,7 @@ def test_info_tells_what_is_here() -> None:
     assert bool(found["devices"]) != bool(found["no_devices"])
     assert "CPUExecutionProvider" in found["providers"]
     assert {"attention", "layer_norm"} <= {op["name"] for op in found["ops"]}
+    assert found["hot_path"].split(",")[0].split(" by ")[0] in ("prebuilt", "compiled", "none")
     for op in found["ops"]:
         runtimes = {registration["runtime"]: registration for registration in op["registrations"]}
         assert runtimes["torch"]["registered"], runtimes["torch"]["reason"]
@@ -347,10 +351,26 @@ def test_the_wheel_holds_the_folders_as_files_and_no_tests(checkout: Path, from_
     contents = wheel_contents(from_tree)
     for name, path in package_files(checkout).items():
         assert contents.get(name) == hashlib.sha256(path.read_bytes()).hexdigest(), name
-    assert "trimaran/py.typed" in contents
+    assert {"trimaran/py.typed", "trimaran/ort_ops/hot_path.c"} <= {*contents}
+    assert (file_name() in {name.split("/")[-1] for name in contents}) == (from_tree.name != pure_name(from_tree))
     tops = {name.split("/")[0] for name in contents}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"trimaran"}
     assert not [name for name in contents if "__pycache__" in name or "/tests/" in name]
+
+
+def pure_name(wheel: Path) -> str:
+    """The name that a wheel without the compiled hot path has."""
+    return f"{'-'.join(wheel.name.split('-')[:2])}-py3-none-any.whl"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native().library is None, reason="no C compiler here")
+def test_a_wheel_brings_the_hot_path_compiled(from_tree: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    install(sys.executable, "--target", str(target), str(from_tree))
+    code = "from trimaran.ort_ops.native import native; print(native().how)"
+    environment = {"PYTHONPATH": str(target), "HOME": str(tmp_path), "PATH": str(tmp_path)}
+    assert run(sys.executable, "-c", code, cwd=tmp_path, **environment).strip() == f"prebuilt, {file_name()}"
 
 
 @pytest.mark.slow

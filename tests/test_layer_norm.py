@@ -125,6 +125,19 @@ UNEVEN = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [96, 768, 5000])
+def test_addresses_that_are_not_aligned(device, dtype, columns):
+    """Each tensor starts one element into its storage."""
+    inputs = []
+    for tensor in tensors(device, dtype, (3, columns), residual=True):
+        storage = torch.empty(tensor.numel() + 1, dtype=dtype, device=device)
+        inputs.append(storage[1:].view(tensor.shape).copy_(tensor))
+        assert inputs[-1].data_ptr() % 16
+    check(inputs, return_sum=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", UNEVEN)
 @pytest.mark.parametrize("repeat", [1, 100])
 def test_rows_that_do_not_step_evenly(device, case, repeat):

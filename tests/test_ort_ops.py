@@ -29,7 +29,7 @@ from trimaran.kernels.contract import Attr, Divisible, Input, Launch, Op, Output
 from trimaran.kernels.interpreter import Interpreter, interpret
 from trimaran.kernels.layer_norm import layer_norm
 from trimaran.kernels.plans import PlanCache
-from trimaran.ort_ops import custom_op, stub_library
+from trimaran.ort_ops import custom_op, kernel, stub_library
 from trimaran.ort_ops.domain import TRIMARAN, Domain
 from trimaran.ort_ops.session import ort_session, register
 
@@ -51,6 +51,19 @@ PROVIDERS = [CPU, pytest.param(CUDA, marks=pytest.mark.gpu)]
 def interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
     with interpret(request.node.get_closest_marker("gpu") is None):
         yield
+
+
+@pytest.fixture(params=["c", "ctypes"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes run by the C hot path, and by what serves where there is none."""
+    if request.param == "ctypes":
+        through_ctypes(monkeypatch)
+
+
+def through_ctypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(custom_op, "compute_address", lambda op: 0)
+    for domain in (TRIMARAN, MINE):
+        monkeypatch.setattr(domain, "_pointers", {})  # structs are made anew
 
 
 # Models of one node
@@ -228,6 +241,14 @@ def test_an_op_computes_what_its_reference_does(case: Case, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_an_op_computes_the_same_through_ctypes(case: Case, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    through_ctypes(monkeypatch)
+    check(case, torch.float16, provider)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["rows_everything", "norm_sum"])
 def test_memory_that_is_not_aligned(name: str, dtype: torch.dtype, provider: str) -> None:
@@ -252,6 +273,81 @@ def assumed_aligned(plans: PlanCache) -> list[dict[str, bool]]:
         pointers = [param for param in plan.launches[0].params if param.index == 0]
         found.append({str(param.place): param.divisible for param in pointers})
     return found
+
+
+# What else a session may be
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("op", ["layer_norm", "attention"])
+def test_nan_and_infinity_are_the_references(op: str, provider: str) -> None:
+    """In one row each of several; the others are as always."""
+    case = CASES["norm_sum" if op == "layer_norm" else "heads"]
+    inputs = tensors(case, torch.float32, "cuda" if provider == CUDA else "cpu")
+    first = inputs["x" if op == "layer_norm" else "q"]
+    for row, value in enumerate((float("nan"), float("inf"), -float("inf"))):
+        first.view(-1, first.shape[-1])[row, 1] = value
+    session = session_of(model(case.op, inputs, case.outputs, **case.attrs), provider)
+    exact, peer = expected(case, inputs, True), expected(case, inputs, False)
+    assert any(out.isnan().any() for out in exact.values())
+    got = bound_run(session, inputs, {name: out.shape for name, out in exact.items()}, torch.float32)
+    for name, out in got.items():
+        infinite = exact[name].isinf()
+        assert torch.equal(out.isinf(), infinite)
+        assert torch.equal(out[infinite].double(), exact[name][infinite])
+        assert_close(*(tensor.masked_fill(infinite, 0) for tensor in (out, exact[name], peer[name])))
+
+
+@pytest.mark.parametrize("level", ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL"])
+def test_every_level_of_optimization(level: str) -> None:
+    """Nodes among others that are folded, fused or left."""
+    nodes = [
+        helper.make_node("Add", ["x", "r"], ["sum"], name="add"),
+        node("layer_norm", ["sum", "w", "b"], ["y"], eps=1e-5),
+        helper.make_node("Identity", ["y"], ["z"], name="identity"),
+        helper.make_node("Relu", ["z"], ["out"], name="relu"),
+    ]
+    shapes: dict[str, tuple[Any, ...]] = {"x": ("n", 8), "r": ("n", 8), "w": (8,), "b": (8,)}
+    options = quiet()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_{level}")
+    content = graph_model(nodes, {name: (1, list(shape)) for name, shape in shapes.items()}, {"out": 1})
+    session = ort_session(content, [CPU], session_options=options)
+    x, r, w, b = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8), torch.randn(8)
+    (out,) = session.run(None, feeds({"x": x, "r": r, "w": w, "b": b}))
+    assert torch.allclose(torch.from_numpy(out), torch.nn.functional.layer_norm(x + r, (8,), w, b).relu(), atol=1e-5)
+
+
+def test_a_half_precision_model_in_a_cpu_session() -> None:
+    """ONNX Runtime has no fp16 kernel for some neighbours there, and may run the node in fp32 between casts."""
+    nodes = [
+        helper.make_node("Erf", ["x"], ["e"], name="before"),
+        node("layer_norm", ["e"], ["y"], eps=1e-5),
+        helper.make_node("Erf", ["y"], ["z"], name="after"),
+    ]
+    session = session_of(graph_model(nodes, {"x": (TensorProto.FLOAT16, ["n", 33])}, {"z": TensorProto.FLOAT16}))
+    x = torch.randn(5, 33).half()
+    (z,) = session.run(None, feeds({"x": x}))
+    exact = torch.erf(torch.nn.functional.layer_norm(torch.erf(x.double()), (33,)))
+    assert z.dtype == "float16"
+    assert torch.allclose(torch.from_numpy(z).double(), exact, atol=5e-3)
+
+
+def test_run_async() -> None:
+    x = torch.randn(3, 33)
+    options = quiet()
+    options.intra_op_num_threads = 2  # it takes one of them
+    session = ort_session(model(layer_norm, {"x": x}, ["y"], eps=1e-5), [CPU], session_options=options)
+    done = threading.Event()
+    found: list[Any] = []
+
+    def finished(results: Any, data: Any, error: str) -> None:
+        found.extend([results, error])
+        done.set()
+
+    session.run_async(None, feeds({"x": x}), finished, None)
+    assert done.wait(60)
+    assert found[1] == ""
+    assert torch.allclose(torch.from_numpy(found[0][0]), torch.nn.functional.layer_norm(x, (33,)), atol=1e-4)
 
 
 # Shapes
@@ -353,6 +449,7 @@ def failure(call: Any) -> str:
     return "\n".join([f"{caught.value.__class__.__name__}: {caught.value}", *getattr(caught.value, "__notes__", [])])
 
 
+@pytest.mark.usefixtures("path")
 def test_shapes_that_disagree_and_the_session_works_on() -> None:
     case = CASES["rows_lengths"]
     inputs = tensors(case, torch.float32)
@@ -412,6 +509,7 @@ def test_a_dtype_that_the_op_has_not_is_refused_at_load() -> None:
     assert "tensor(double)" in text
 
 
+@pytest.mark.usefixtures("path")
 def test_a_declined_plan_is_an_error_with_its_reason() -> None:
     session = session_of(model(attention, {name: torch.zeros(1, 1, 2, 8) for name in "qkv"}, ["out"], scale=1.0))
     wide = feeds({name: torch.zeros(1, 1, 2, 264) for name in "qkv"})
@@ -421,6 +519,7 @@ def test_a_declined_plan_is_an_error_with_its_reason() -> None:
     assert session.run(None, feeds({name: torch.zeros(1, 1, 2, 8) for name in "qkv"}))[0].shape == (1, 1, 2, 8)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("error", [RuntimeError("broken \0 é"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
 def test_any_exception_becomes_a_status(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 8)
@@ -438,12 +537,14 @@ def test_any_exception_becomes_a_status(error: BaseException, monkeypatch: pytes
     assert session.run(None, {"x": x.numpy()})[0].shape == (2, 8)
 
 
+@pytest.mark.usefixtures("path")
 def test_an_output_without_the_input_it_needs() -> None:
     session = session_of(model(layer_norm, {"x": torch.zeros(2, 8)}, ["y", "sum"], eps=1e-5))
     text = failure(lambda: session.run(None, {"x": torch.zeros(2, 8).numpy()}))
     assert "output sum is asked for, but the inputs it needs are missing" in text
 
 
+@pytest.mark.usefixtures("path")
 def test_an_absent_output_before_one_that_is_there() -> None:
     """`y` is required: what computes nothing for it is an error, never an empty value."""
     inputs = {"x": torch.zeros(2, 8), "residual": torch.zeros(2, 8)}
@@ -455,6 +556,7 @@ def test_an_absent_output_before_one_that_is_there() -> None:
 # Threads and lifetime
 
 
+@pytest.mark.usefixtures("path")
 def test_eight_threads_on_one_session() -> None:
     case = Case(layer_norm, {**NORM, "weight": (33,)}, {"eps": 1e-5}, outputs=("y",))
     session = session_of(model(layer_norm, tensors(case, torch.float32), ["y"], eps=1e-5))
@@ -479,6 +581,7 @@ def test_eight_threads_on_one_session() -> None:
     assert wrong == []
 
 
+@pytest.mark.usefixtures("path")
 def test_nodes_on_threads_of_onnxruntime() -> None:
     names = [f"y{index}" for index in range(8)]
     nodes = [node("layer_norm", ["x"], [name], eps=1e-5) for name in names]
@@ -492,20 +595,21 @@ def test_nodes_on_threads_of_onnxruntime() -> None:
             assert torch.allclose(torch.from_numpy(y), torch.nn.functional.layer_norm(x, (33,)), atol=1e-4)
 
 
+@pytest.mark.usefixtures("path")
 def test_a_hundred_sessions_leave_nothing_behind() -> None:
     x = torch.randn(2, 8)
     content = model(layer_norm, {"x": x}, ["y"], eps=1e-5)
     session_of(content)
     gc.collect()
-    kernels, structs = len(custom_op._KERNELS), len(custom_op._VARIANTS)
+    kernels, structs = len(kernel.KERNELS), len(custom_op._VARIANTS)
     for index in range(100):
         session = session_of(content)
         if index % 20 == 0:
             session.run(None, {"x": x.numpy()})
-    assert len(custom_op._KERNELS) == kernels + 1
+    assert len(kernel.KERNELS) == kernels + 1
     del session
     gc.collect()
-    assert (len(custom_op._KERNELS), len(custom_op._VARIANTS)) == (kernels, structs)
+    assert (len(kernel.KERNELS), len(custom_op._VARIANTS)) == (kernels, structs)
 
 
 # A domain of other ops
@@ -580,6 +684,7 @@ def with_version(content: bytes, version: int) -> bytes:
     return proto.SerializeToString()
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shift", [None, torch.int32, torch.int64], ids=str)
@@ -594,6 +699,7 @@ def test_another_domain(dtype: torch.dtype, shift: torch.dtype | None, provider:
         assert torch.equal(bound_run(session, inputs, {"y": exact.shape}, dtype)["y"], exact)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("others", [(), ("negative",), ("double",), ("negative", "double")], ids="_".join)
 def test_optional_outputs_are_computed_where_the_node_has_them(others: tuple[str, ...], provider: str) -> None:
@@ -609,6 +715,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.usefixtures("path")
 def test_scratch_memory_is_given_back() -> None:
     inputs = {"x": torch.ones(1, 33)}
     session = row_sums_session(inputs, CPU, elements=1 << 18)  # 1 MiB
@@ -619,6 +726,7 @@ def test_scratch_memory_is_given_back() -> None:
     assert resident() - before < 100 << 20
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.gpu
 def test_scratch_memory_is_given_back_on_the_gpu() -> None:
     inputs = {"x": torch.ones(1, 33, device="cuda")}
@@ -632,6 +740,7 @@ def test_scratch_memory_is_given_back_on_the_gpu() -> None:
     assert before - after < 100 << 20
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.gpu
 def test_a_cuda_graph_replays_the_kernels() -> None:
     case = CASES["rows_everything"]

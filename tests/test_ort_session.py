@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,15 @@ def test_the_device_may_be_named_in_provider_options(gpu: list[int], monkeypatch
     assert seen == [{CUDA}]
 
 
+def test_graphs_work_on_a_stream_that_is_known(gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "driver", lambda index: SimpleNamespace(stream=77 + index))
+    graphs = {"enable_cuda_graph": "1", "user_compute_stream": "78"}
+    found = session_module._with_graphs([(CUDA, {"device_id": 1}), CPU])
+    assert found == [(CUDA, {"device_id": 1} | graphs), (CPU, {})]
+    ((_, options),) = session_module._with_graphs([(CUDA, {"user_compute_stream": "5"})])
+    assert options == {"enable_cuda_graph": "1", "user_compute_stream": "5"}
+
+
 def test_default_providers(gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_providers() == [CPU]
     gpu.append(75)
@@ -216,6 +226,8 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
         ({"providers": [7]}, TypeError, "a provider is 7, expected a name or a pair"),
         ({"providers": [(CPU, 3)]}, TypeError, "expected a name or a pair"),
         ({"providers": ["GPU", CPU]}, ValueError, "this onnxruntime has no GPU, but .*CPUExecutionProvider"),
+        ({"provider_options": [{}, {}]}, ValueError, r"provider_options is \[{}, {}\], expected one mapping for each"),
+        ({"provider_options": 3}, ValueError, "provider_options is 3, expected one mapping"),
         ({"session_options": "fast"}, TypeError, "options is 'fast', expected an onnxruntime.SessionOptions"),
     ],
 )

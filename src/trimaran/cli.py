@@ -1,4 +1,4 @@
-"""The command line: `trimaran demo`, `info`, `bench-kernels` and `check-kernels`."""
+"""The command line: `trimaran demo`, `info`, `bench-kernels`, `check-kernels`, `bench-nodes` and `soak`."""
 
 import json
 import sys
@@ -127,6 +127,50 @@ def check_kernels(
             errors.print(f"FAILED: {name}: {count} of {repeats} runs differ", style="red", markup=False)
     console.print(f"{len(found)} variants, {repeats} runs each: {sum(found.values())} differ")
     if failed or any(found.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench_nodes(
+    nodes: Annotated[int, typer.Option(min=1, help="How many nodes the chain has.")] = 100,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each chain is timed.")] = 30,
+    out: Annotated[Path, typer.Option(help="The folder for nodes.json and nodes.png.")] = Path("build/bench-nodes"),
+    as_json: Json = False,
+) -> None:
+    """Measure what a node costs in ONNX Runtime, ours against its own. Fails where one of ours could not be timed."""
+    from trimaran.benchmarks import nodes as job  # everything is imported here, and only here
+
+    console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
+    found = job.bench(nodes, rounds, errors)
+    job.write(found, out)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        console.print(job.table(found))
+        console.print(f"{out / 'nodes.json'}, {out / 'nodes.png'}", highlight=False, soft_wrap=True)
+    if failures := job.failures(found):
+        for failure in failures:
+            errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def soak(
+    scale: Annotated[float, typer.Option(help="What part of the full counts is run.")] = 1.0,
+    out: Annotated[Path, typer.Option(help="The JSON file.")] = Path("build/soak.json"),
+    as_json: Json = False,
+) -> None:
+    """Run the ops of ONNX Runtime many times, in many threads and sessions. Fails where anything is wrong or grows."""
+    from trimaran.benchmarks import soak as job  # everything is imported here, and only here
+
+    console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
+    found = job.soak(scale, errors, lambda check: errors.print(f"{check.name}: {'ok' if check.ok else 'FAILED'}"))
+    job.write(found, out)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        console.print(job.table(found))
+    if not all(check["ok"] for check in found["checks"]):
         raise typer.Exit(1)
 
 

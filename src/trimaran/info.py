@@ -14,7 +14,6 @@ from rich.text import Text
 
 import trimaran
 
-HOT_PATH = "not built yet, nodes run through ctypes"
 # import name -> the distributions that may provide it
 PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ("torch",),
@@ -102,7 +101,7 @@ def collect() -> Info:
         no_providers=no_providers,
         ops=ops,
         no_ops=no_ops,
-        hot_path=HOT_PATH,
+        hot_path=_hot_path(),
     )
 
 
@@ -219,6 +218,11 @@ def _onnxruntime_registration(providers: Sequence[str], no_providers: str) -> Re
         return Registration("onnxruntime", True, "in sessions that ask for CUDAExecutionProvider")
     reason = "no CUDAExecutionProvider here: function bodies run, or the kernels' source under trimaran.interpret()"
     return Registration("onnxruntime", False, reason)
+
+
+def _hot_path() -> str:
+    native, reason = _load("trimaran.ort_ops.native")
+    return reason if native is None else str(native.native().how)
 
 
 def render(info: Info) -> RenderableType:
