@@ -8,7 +8,7 @@ import inspect
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from trimaran.export.report import OnnxReport
 from trimaran.export.translation import translation_table
 from trimaran.export.verify import CannotVerify, VerificationError, compare, run
 from trimaran.torch_path.optimize import untouched
-from trimaran.torch_path.rewrite import rewrite
+from trimaran.torch_path.rewrite import RULES, Rule, rewrite
 
 OPSETS = range(18, 24)
+EXPORT_RULES = tuple(rule for rule in RULES if rule.name in ("attention", "layer_norm", "rms_norm"))
 AXES = {0: "batch", 1: "sequence"}
 
 
@@ -37,12 +38,14 @@ def export_onnx(
     opset: int = 20,
     verify: bool = True,
     overwrite: bool = False,
+    rules: Sequence[Rule] = EXPORT_RULES,
 ) -> OnnxReport:
     """Write the model as ONNX with trimaran nodes, each with a function body in standard ops.
 
     model: in eval mode, optimized or not; it is left as it is. inputs: an example call, keyword arguments as a mapping
     (what a tokenizer returns), or positional ones as a tuple. dynamic: every axis that the model allows to vary does.
-    opset: 18 to 23. verify: compare the file, run on the CPU, with the model on the same inputs.
+    opset: 18 to 23. verify: compare the file, run on the CPU, with the model on the same inputs. rules: which fusions;
+    attention and norms unless given, linear layers stay with onnxruntime.
 
     Raises TypeError and ValueError for wrong arguments, FileExistsError for an existing file (unless overwrite=True),
     VerificationError where the file disagrees with the model; nothing is left behind then.
@@ -53,7 +56,7 @@ def export_onnx(
         expected = model(**call)
         examples = {name: widened(value, call) for name, value in call.items()} if dynamic else call
         program = torch.export.export(model, (), examples, dynamic_shapes=all_axes(examples) if dynamic else None)
-    graph_report = rewrite(program.graph_module)
+    graph_report = rewrite(program.graph_module, rules)
     rename_outputs(program)
     with quiet():
         exported = torch.onnx.export(

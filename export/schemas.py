@@ -3,8 +3,6 @@ nodes."""
 
 from __future__ import annotations
 
-import functools
-
 import onnx
 from onnx.defs import OpSchema
 
@@ -29,11 +27,14 @@ _ATTR_TYPE = {
 }
 
 
-@functools.cache
+_registered: set[str] = set()
+
+
 def register_schemas() -> None:
     """Register every op's schema with onnx, once per process."""
-    for op in OPS.values():
-        onnx.defs.register_schema(schema(op))
+    for name in OPS.keys() - _registered:
+        onnx.defs.register_schema(schema(OPS[name]))
+        _registered.add(name)
 
 
 def schema(op: Op) -> OpSchema:

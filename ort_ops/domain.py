@@ -15,7 +15,7 @@ from ctypes import c_void_p
 from dataclasses import dataclass
 from typing import Any
 
-from trimaran.kernels.catalog import OPS
+from trimaran.kernels.catalog import read
 from trimaran.kernels.contract import Op
 from trimaran.kernels.plans import PlanCache
 from trimaran.ort_ops.abi import FAIL, REGISTER_CUSTOM_OPS, Api, immortalize
@@ -40,6 +40,13 @@ class Domain:
         if len(self.plans) < len(self.ops):
             raise ValueError(f"domain {name} has two ops of one name: {', '.join(op.name for op in self.ops)}")
         self._pointers: dict[frozenset[str], int] = {}
+
+    def add(self, op: Op) -> None:
+        """One op more, for sessions whose options are registered from now on."""
+        if op.name not in self.plans:
+            self.ops += (op,)
+            self.plans[op.name] = PlanCache(op)
+            self._pointers.clear()
 
     def register(self, options: Any, providers: Iterable[str]) -> tuple[str, ...]:
         """Give sessions made with these SessionOptions the ops' kernels for these execution providers (CPU and CUDA).
@@ -78,7 +85,8 @@ class Domain:
         return self._pointers[providers]
 
 
-TRIMARAN = Domain("trimaran", OPS.values())
+TRIMARAN = Domain("trimaran", ())
+read(TRIMARAN.add)
 
 
 @dataclass

@@ -1,14 +1,71 @@
-"""From Dynamo's graph to the one dialect that rules are written in: pre-dispatch ATen."""
+"""From a model's call to graphs in the one dialect that rules are written in: pre-dispatch ATen."""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
+import torch
+from torch._dynamo.callback import callback_handler
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+
+# Numbers that a module holds (eps, a scale) are constants for rules, and hooks that are added later are seen.
+_TRACING = {"specialize_float": True, "skip_nnmodule_hook_guards": False}
+_ours: contextvars.ContextVar[bool] = contextvars.ContextVar("ours", default=False)
+_before: dict[str, Any] = {}
+
+
+def compiled(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` through Dynamo. It gets code of its own, since Dynamo counts recompilations by code, and all models
+    share `nn.Module._call_impl`."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+    through: Any = torch.compile(own, backend=backend)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = _ours.set(True)
+        if _configure not in callback_handler.start_callbacks:  # not yet, or no longer: torch._dynamo.reset() forgets
+            callback_handler.register_start_callback(_configure)
+            callback_handler.register_end_callback(_put_back)
+        try:
+            with _written_out():
+                return through(*args, **kwargs)
+        finally:
+            _ours.reset(token)
+
+    return run
+
+
+@contextlib.contextmanager
+def _written_out() -> Iterator[None]:
+    """Without the opaque nodes that torch has for nn.TransformerEncoderLayer and nn.MultiheadAttention."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _configure(_: Any) -> None:
+    if _ours.get() and not _before:
+        _before.update({name: getattr(torch._dynamo.config, name) for name in _TRACING})
+        for name, setting in _TRACING.items():
+            setattr(torch._dynamo.config, name, setting)
+
+
+def _put_back(_: Any) -> None:
+    while _before:
+        setattr(torch._dynamo.config, *_before.popitem())
 
 
 def retrace(module: GraphModule) -> GraphModule:

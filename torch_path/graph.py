@@ -6,10 +6,11 @@ symbolic, shape. Nodes made through `call` get theirs by running the operator on
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -69,6 +70,12 @@ def call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
     return node
 
 
+def size(graph: Graph, node: Node, axis: int) -> Any:
+    """A size of a tensor as an argument: the number, or a call that asks for it."""
+    known = value(node).shape[axis]
+    return known if isinstance(known, int) else call(graph, aten.sym_size.int, node, axis)
+
+
 def replace(old: Node, new: Node) -> None:
     """Let every user of `old` use `new`, which takes over where it came from in the user's source."""
     for key in ("stack_trace", "nn_module_stack"):
@@ -77,15 +84,61 @@ def replace(old: Node, new: Node) -> None:
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
-def mutation_between(first: Node, last: Node) -> Node | None:
-    """The first in-place operation strictly between two nodes of one graph: captured graphs are not functional, so a
-    fusion may not carry a read across one."""
-    node = first.next
+def written(node: Node) -> list[Node]:
+    """The tensors that a call writes into."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    places = enumerate(node.target._schema.arguments)
+    into = [argument(node, i, arg.name) for i, arg in places if arg.alias_info is not None and arg.alias_info.is_write]
+    return [tensor for tensor in into if isinstance(tensor, Node)]
+
+
+def base(node: Node) -> Node:
+    """The node whose memory this one may be a view of: itself where it is fresh."""
+    while True:
+        if node.target is operator.getitem:
+            node = node.args[0]  # type: ignore[assignment]
+        elif isinstance(node.target, torch._ops.OpOverload) and node.args and isinstance(node.args[0], Node):
+            first, source = node.target._schema.arguments[0], node.args[0]
+            if first.alias_info is None or (is_tensor(node) and value(node).dtype != value(source).dtype):
+                return node
+            node = source
+        else:
+            return node
+
+
+def mutation_between(source: Node, first: Node, last: Node) -> Node | None:
+    """The first operation strictly between `first` and `last` that writes into the memory of `source`: captured graphs
+    are not functional, so a fusion may not carry a read across it."""
+    memory, node = base(source), first.next
     while node is not last and node.op != "root":
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        if any(base(tensor) is memory for tensor in written(node)):
             return node
         node = node.next
     return None
+
+
+def literal(node: Any) -> float | None:
+    """The number that an argument is: a Python number, or a tensor of one element made from constants alone."""
+    if isinstance(node, (int, float)) and not isinstance(node, bool):
+        return node
+    if not isinstance(node, Node) or not is_tensor(node) or value(node).numel() != 1:
+        return None
+    found = _constant(node)
+    return None if found is None else found.item()
+
+
+def _constant(node: Any) -> Any:
+    """The value of an argument made from constants alone; None where it depends on an input, or is None."""
+    if not isinstance(node, Node):
+        return node
+    if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):  # what torch.tensor(3) becomes
+        held = getattr(node.graph.owning_module, str(node.target), None)
+        return held if isinstance(held, torch.Tensor) and held.numel() == 1 and not is_fake(held) else None
+    if not isinstance(node.target, torch._ops.OpOverload) or node.all_input_nodes == [] or len(node.args) > 2:
+        return None
+    args = [_constant(arg) for arg in node.args]
+    return None if any(arg is None for arg in args) else node.target(*args, **node.kwargs)
 
 
 def source_line(node: Node) -> str:
@@ -98,91 +151,3 @@ def source_line(node: Node) -> str:
         return f"{file.strip(chr(34))}:{line.strip().removeprefix('line ')}, {code}"
     modules = list((node.meta.get("nn_module_stack") or {}).values())
     return str(modules[-1][0]) if modules else ""
-
-
-def simplify(graph: Graph) -> None:
-    """Remove what does nothing at inference or undoes itself, until nothing changes. Operators keep their order."""
-    changed = True
-    while changed:
-        changed = False
-        for node in list(graph.nodes):
-            plain = _equivalent(node)
-            if plain is not None:
-                replace(node, plain)
-                graph.erase_node(node)
-                changed = True
-        changed |= _erase_dead(graph)
-
-
-def _erase_dead(graph: Graph) -> bool:
-    before = len(graph.nodes)
-    graph.eliminate_dead_code()
-    return len(graph.nodes) < before
-
-
-def _equivalent(node: Node) -> Node | None:
-    """An earlier node with the same value, or None."""
-    for rule in (_no_dropout, _whole_slice, _same_cast, _double_transpose, _undone_reshape, _contiguous_already):
-        found = rule(node)
-        if found is not None and is_tensor(found):
-            return found
-    return None
-
-
-def _no_dropout(node: Node) -> Node | None:
-    if called(node, aten.dropout.default) and (node.args[2] is False or node.args[1] == 0.0):
-        return node.args[0]  # type: ignore[return-value]
-    return None
-
-
-def _whole_slice(node: Node) -> Node | None:
-    if not called(node, aten.slice.Tensor):
-        return None
-    start, end, step = (argument(node, i, n, d) for i, n, d in ((2, "start", None), (3, "end", None), (4, "step", 1)))
-    whole = start in (None, 0) and end in (None, 2**63 - 1) and step == 1
-    return node.args[0] if whole else None  # type: ignore[return-value]
-
-
-def _same_cast(node: Node) -> Node | None:
-    casts = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
-    if not called(node, *casts) or not is_tensor(node) or not is_tensor(node.args[0]):
-        return None
-    before, after = value(node.args[0]), value(node)
-    layout = node.kwargs.get("memory_format") in (None, torch.preserve_format)
-    alike = (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
-    return node.args[0] if alike and layout and not _mutated(node) else None  # type: ignore[return-value]
-
-
-def _double_transpose(node: Node) -> Node | None:
-    if called(node, aten.transpose.int) and called(node.args[0], aten.transpose.int):
-        inner: Node = node.args[0]  # type: ignore[assignment]
-        return inner.args[0] if axes_of(node) == axes_of(inner) else None  # type: ignore[return-value]
-    return None
-
-
-def _undone_reshape(node: Node) -> Node | None:
-    """A reshape to the shape that its input, or the input of the reshape before it, already has."""
-    if not called(node, *RESHAPES):
-        return None
-    inner = node.args[0]
-    splits = (*RESHAPES, aten.unflatten.int)
-    for source in (inner, inner.args[0] if called(inner, *splits) else None):  # type: ignore[union-attr]
-        if source is not None and is_tensor(source) and same_shape(value(source).shape, value(node).shape):
-            return source  # type: ignore[return-value]
-    return None
-
-
-def _contiguous_already(node: Node) -> Node | None:
-    if called(node, aten.contiguous.default) and len(node.args) == 1 and not node.kwargs and fresh(node.args[0]):
-        return node.args[0]  # type: ignore[return-value]
-    return None
-
-
-def fresh(node: Any) -> bool:
-    """Made by one of our own ops, whose outputs are always contiguous."""
-    return isinstance(node, Node) and getattr(node.target, "namespace", "") == "trimaran"
-
-
-def _mutated(node: Node) -> bool:
-    """A cast that is a copy is kept where somebody writes into it."""
-    return any(isinstance(u.target, torch._ops.OpOverload) and u.target._schema.is_mutable for u in node.users)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trimaran.kernels.catalog import OPS
+from trimaran.kernels.catalog import read
 from trimaran.kernels.contract import INTERPRETER, Device, Op, Tensor
 from trimaran.kernels.execute import Executor, execute
 from trimaran.kernels.interpreter import Interpreter, interpreting
@@ -143,4 +143,5 @@ class TorchOp:
         )
 
 
-TORCH_OPS: dict[str, TorchOp] = {name: TorchOp(op) for name, op in OPS.items()}
+TORCH_OPS: dict[str, TorchOp] = {}
+read(lambda op: TORCH_OPS.__setitem__(op.name, TorchOp(op)))

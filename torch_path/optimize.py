@@ -1,52 +1,77 @@
 """`optimize_model`: a model's calls go through a graph rewritten onto the kernels, in place and undoable.
 
 It uses the hook that `nn.Module.compile` uses, so the model's weights, hooks, state_dict, pickling and deep copies are
-untouched: `model(...)` runs the rewritten graph, which reads the model's own parameters at every call.
+untouched: `model(...)` runs the rewritten graph, which reads the model's own parameters at every call. Dynamo's guards
+see what changes in the model afterwards: attributes, hooks, parameters and submodules.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch._dynamo.utils import graph_break_reasons
+from torch.fx import GraphModule, Node
 
-from trimaran.torch_path import ops
-from trimaran.torch_path.capture import retrace
+from trimaran.torch_path import autocast, ops
+from trimaran.torch_path.capture import compiled, retrace
+from trimaran.torch_path.half import with_side_copies
 from trimaran.torch_path.report import Report
 from trimaran.torch_path.rewrite import RULES, Rule, rewrite
 
 _OPTIMIZED: weakref.WeakKeyDictionary[torch.nn.Module, OptimizedCall] = weakref.WeakKeyDictionary()
+HALVES = (torch.float16, torch.bfloat16)
 
 
-def optimize_model(model: torch.nn.Module, *, rules: Sequence[Rule] = RULES) -> Report:
+def optimize_model(
+    model: torch.nn.Module, *, dtype: torch.dtype | None = None, rules: Sequence[Rule] = RULES
+) -> Report:
     """Let `model(...)` run on the kernels. Returns its live report, empty until the first call.
 
     The model stays what it is: same object, weights, dtype and outputs (within the tolerance of its dtype). A call in
     training mode, or with inputs that require a gradient, runs the untouched model, and the report says so; outputs of
     an optimized call carry no gradient. Optimizing twice gives the same report.
 
-    Raises TypeError for anything but a `torch.nn.Module`, ValueError for one that is compiled already.
+    dtype: torch.float16 or torch.bfloat16 to compute in it as autocast does (and to return what that returns), with
+    copies of the weights kept on the side. In fp16, layers that their model keeps in fp32 (T5's `wo`) stay in fp32. The
+    copies follow every change of a weight but one through `weight.data`; call `refresh(model)` after that.
+    rules: the fusions, in order; `RULES` unless given.
+
+    Models inside it that are also called by themselves (the encoder, in `generate`; the transformer of a
+    sentence-transformers object) are optimized with it, and tell the same report.
+
+    Raises TypeError for anything but a `torch.nn.Module`, ValueError for one that is compiled already or another dtype.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    model = inner_model(model)
+    if dtype is not None and dtype not in HALVES:
+        raise ValueError(f"dtype is {dtype}, expected torch.float16, torch.bfloat16 or None")
     if model in _OPTIMIZED:
+        if _OPTIMIZED[model].dtype is not dtype:
+            raise ValueError(
+                f"dtype is {dtype}, the model is optimized with {_OPTIMIZED[model].dtype}: restore it first"
+            )
         return _OPTIMIZED[model].report
     if model._compiled_call_impl is not None:
         raise ValueError("model is compiled (model.compile() was called), expected a model that runs eagerly")
-    optimized = OptimizedCall(model, rules)
+    optimized = OptimizedCall(model, rules, dtype, Report(type(model).__name__))
     _OPTIMIZED[model] = optimized
     model._compiled_call_impl = optimized
+    for part in model.modules():
+        if hasattr(part, "base_model_prefix") and part._compiled_call_impl is None:  # a model of transformers
+            part._compiled_call_impl = OptimizedCall(part, rules, dtype, optimized.report)
     return optimized.report
 
 
 def restore(model: torch.nn.Module) -> None:
     """Undo `optimize_model`: the model runs as before, bit for bit. ValueError where it is not optimized."""
-    _optimized(model)
-    del model._compiled_call_impl, _OPTIMIZED[model]
+    optimized = _optimized(model)
+    for part, call in _calls(model):
+        if call.report is optimized.report:
+            del part._compiled_call_impl
+            _OPTIMIZED.pop(part, None)
 
 
 def report(model: torch.nn.Module) -> Report:
@@ -54,34 +79,69 @@ def report(model: torch.nn.Module) -> Report:
     return _optimized(model).report
 
 
+def refresh(model: torch.nn.Module) -> None:
+    """Forget everything derived from the model: captured graphs and half-precision copies. The next call makes them
+    anew. Needed after an in-place edit that torch does not count (`weight.data.mul_(2)`) of a model optimized with a
+    `dtype`; harmless otherwise. ValueError where it is not optimized."""
+    _optimized(model)
+    for _, call in _calls(model):
+        call.start()
+
+
 @contextlib.contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
     """Within it, calls of the model run as if it had not been optimized."""
-    before = vars(model).pop("_compiled_call_impl", None)
+    calls = _calls(model)
+    for part, _ in calls:
+        del part._compiled_call_impl
     try:
         yield
     finally:
-        if before is not None:
-            model._compiled_call_impl = before
+        for part, call in calls:
+            part._compiled_call_impl = call
 
 
-def _optimized(model: torch.nn.Module) -> OptimizedCall:
+def inner_model(model: Any) -> torch.nn.Module:
+    """The module whose calls count: of a sentence-transformers object, which runs its parts by itself, the transformer
+    in its first part. TypeError for what is no module."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    if model not in _OPTIMIZED:
+    if isinstance(model, torch.nn.Sequential) and hasattr(model, "encode") and len(model):
+        inner = getattr(model[0], "auto_model", None)
+        return inner if isinstance(inner, torch.nn.Module) else model
+    return model
+
+
+def _optimized(model: Any) -> OptimizedCall:
+    inner = inner_model(model)
+    if inner not in _OPTIMIZED:
         raise ValueError(f"model ({type(model).__name__}) is not optimized, call trimaran.optimize_model(model) first")
-    return _OPTIMIZED[model]
+    return _OPTIMIZED[inner]
+
+
+def _calls(model: Any) -> list[tuple[torch.nn.Module, OptimizedCall]]:
+    """The modules in a model whose calls are ours."""
+    found = ((module, vars(module).get("_compiled_call_impl")) for module in model.modules())
+    return [(module, call) for module, call in found if isinstance(call, OptimizedCall)]
 
 
 class OptimizedCall:
     """What `model.__call__` goes to while the model is optimized."""
 
-    def __init__(self, model: torch.nn.Module, rules: Sequence[Rule]) -> None:
+    def __init__(
+        self, model: torch.nn.Module, rules: Sequence[Rule], dtype: torch.dtype | None, report: Report
+    ) -> None:
         self.model = weakref.ref(model)  # the model owns this object
-        self.rules = rules
-        self.report = Report(type(model).__name__)
-        self.compiled = torch.compile(model._call_impl, backend=self.backend)
+        self.rules, self.dtype, self.report = rules, dtype, report
+        self.start()
 
+    def start(self) -> None:
+        model = self.model()
+        assert model is not None
+        self.runs = 0
+        self.compiled = compiled(model._call_impl, self.backend)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]  # so that a model inside a compiled one stays ours
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
         assert model is not None
@@ -90,11 +150,23 @@ class OptimizedCall:
             self.report.fallbacks[reason] += 1
             return model._call_impl(*args, **kwargs)
         listener = ops.on_decline.set(self.declined)
+        runs, breaks = self.runs, len(graph_break_reasons)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.precision(model):
                 return self.compiled(*args, **kwargs)
         finally:
             ops.on_decline.reset(listener)
+            if self.runs == runs:
+                limit = torch._dynamo.config.recompile_limit
+                self.report.fallbacks[f"Dynamo ran the untouched model (recompile_limit is {limit})"] += 1
+            if len(graph_break_reasons) > breaks:
+                self.report.add_graph_breaks(graph_break_reasons[breaks:])
+
+    def precision(self, model: torch.nn.Module) -> Any:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        return torch.autocast(device, dtype=self.dtype)
 
     def obstacle(self, model: torch.nn.Module, args: Any, kwargs: Any) -> str | None:
         """The reason why this call must run the untouched model, None where there is none."""
@@ -108,8 +180,30 @@ class OptimizedCall:
 
     def backend(self, module: GraphModule, example_inputs: list[Any], **_: Any) -> Any:
         graph = retrace(module)
+        mixed = autocast.concerns(graph)
+        if mixed:
+            autocast.explicit_casts(graph, self.stays_in_fp32)
         self.report.graphs.append(rewrite(graph, self.rules))
-        return graph.forward
+        run: Callable[..., Any] = graph.forward
+        if self.dtype is not None:
+            parameters = [i for i, given in enumerate(example_inputs) if isinstance(given, torch.nn.Parameter)]
+            run = with_side_copies(graph, parameters)
+
+        def counted(*args: Any) -> Any:
+            self.runs += 1
+            if not mixed:
+                return run(*args)
+            with torch._C._DisableAutocast():
+                return run(*args)
+
+        return counted
+
+    def stays_in_fp32(self, node: Node) -> bool:
+        """Whether the node belongs to a layer that its model keeps in fp32 when all else is fp16."""
+        model = self.model()
+        kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+        modules = (node.meta.get("nn_module_stack") or {}).values()
+        return self.dtype is torch.float16 and any(str(path).split(".")[-1] in kept for path, _ in modules)
 
     def declined(self, op: str, reason: str) -> None:
         self.report.fallbacks[f"{op}: {reason}"] += 1

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
+
+NOTHING = "0, because no rule looks for any of its operations"
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,23 @@ class Report:
     """Of one optimized model; empty until its first call, then kept up to date.
 
     graphs: one entry per capture (a new kind of input may cause another). fallbacks: how often, and why, a call or an
-    op ran without the kernels.
+    op ran without the kernels. graph_breaks: where Dynamo could not follow the model, so that a call is more than one
+    graph with Python between them: the reason and the source line.
     """
 
     model: str
     graphs: list[GraphReport] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    graph_breaks: list[str] = field(default_factory=list)
+
+    def add_graph_breaks(self, reasons: Iterable[Any]) -> None:
+        """Dynamo's reasons, each once."""
+        for broken in reasons:
+            place = broken.user_stack[-1] if broken.user_stack else None
+            line = f"\n      {place.filename}:{place.lineno}, {place.line}" if place else ""
+            text = f"{broken.reason.strip().splitlines()[0]}{line}"
+            if text not in self.graph_breaks:
+                self.graph_breaks.append(text)
 
     @property
     def replaced(self) -> Counter[str]:
@@ -53,10 +68,12 @@ class Report:
         if not self.graphs:
             lines = [f"{self.model}: not captured yet (call the model once)"]
         else:
-            counts = ", ".join(f"{count} {name}" for name, count in sorted(self.replaced.items())) or "nothing"
+            counts = ", ".join(f"{count} {name}" for name, count in sorted(self.replaced.items()))
+            counts = counts or ("nothing" if self.near_misses else NOTHING)
             lines = [
                 f"{self.model}: replaced {counts}; {len(self.graphs)} graph{'s' * (len(self.graphs) != 1)} captured"
             ]
         lines += [f"  left alone: {miss}" for miss in self.near_misses]
+        lines += [f"  graph break: {text}" for text in self.graph_breaks]
         lines += [f"  without the kernels, {count} times: {reason}" for reason, count in self.fallbacks.items()]
         return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""aten.scaled_dot_product_attention, with the head split before it and the head merge after it.
+"""Attention, as scaled_dot_product_attention or written out around a softmax, as one op.
 
-Where q, k and v are each `[B, S, H*D] -> view [B, S, H, D] -> transpose(1, 2)`, the op reads those rows and writes
-rows, and the transposes on both sides disappear; otherwise it works on [B, H, S, D].
+q, k and v are taken from where they came: heads that were repeated for grouped queries are not, copies are not made, a
+scale is folded in, and where a head is a slice of a row [B, S, H*D] in memory the op reads those rows and writes rows,
+so that the transposes on both sides disappear; otherwise it works on [B, H, S, D] of any strides.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from trimaran.torch_path.graph import (
     RESHAPES,
     argument,
     aten,
-    axes_of,
     call,
     called,
     dtype_of,
@@ -29,114 +29,205 @@ from trimaran.torch_path.graph import (
     value,
 )
 from trimaran.torch_path.ops import TORCH_OPS
-from trimaran.torch_path.rules.masks import Mask, key_inputs, read_mask
+from trimaran.torch_path.rules.masks import Mask, MaskReader, Term, bias_input, imitated, key_inputs
+from trimaran.torch_path.rules.scores import Scores, is_last_axis, read_scores, scaled_by, weighted_values
 
 ATTENTION_ANCHORS = (aten.scaled_dot_product_attention.default, aten.softmax.int)
+_COPIES = (aten.contiguous.default, aten.clone.default)
+_CASTS = (aten.to.dtype, aten.type_as.default)
+_VIEWS = (*RESHAPES, aten.transpose.int, aten.unflatten.int, *_COPIES)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attention:
-    q: Node  # [B, H, Sq, D], as sdpa has it
-    k: Node
-    v: Node
-    rows: tuple[Node, Node, Node] | None  # the same as [B, S, heads * D], where they come from there
+    """What an attention is made of. q, k and v are terms [B, H or Hkv, S, D], or [B*H, S, D]."""
+
+    start: Node  # where q and k are read
+    end: Node  # what is replaced
+    q: Term
+    k: Term
+    v: Term
     scale: float
+    softcap: float
     mask: Mask
 
 
-def check_attention(node: Node) -> Attention | str:
-    if called(node, aten.softmax.int):
-        return "attention written out around a softmax is not recognized yet, only scaled_dot_product_attention is"
+def check_attention(node: Node) -> Attention | str | None:
+    return from_softmax(node) if called(node, aten.softmax.int) else from_sdpa(node)
+
+
+def from_sdpa(node: Node) -> Attention | str:
     q, k, v = node.args[:3]
     dropout, is_causal = argument(node, 4, "dropout_p", 0.0), argument(node, 5, "is_causal", False)
     if dropout != 0.0:
         return f"it drops out attention weights with probability {dropout}"
-    problem = check_operands(node, q, k, v)
-    if problem is not None:
-        return problem
-    assert isinstance(q, Node)
-    assert isinstance(k, Node)
-    assert isinstance(v, Node)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not is_tensor(x, rank=4):
+            return f"{name} has {value(x).dim()} dimensions, expected [B, H, S, D]"
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = value(q).shape[3] ** -0.5
     if not isinstance(scale, (int, float)):
         return "the scale is computed at run time"
-    mask = read_mask(argument(node, 3, "attn_mask"), q, k)
-    if isinstance(mask, str):
-        return mask
+    reader = MaskReader(value(q).shape, value(k).shape[2])
+    problem = read_argument(reader, argument(node, 3, "attn_mask"), dtype_of(q))
+    if problem is not None:
+        return problem
     if is_causal:
         if not same(value(q).shape[2], value(k).shape[2]):
             return "is_causal with different numbers of queries and keys counts both from 0, the op from the end"
-        mask.causal = True
-    rows = row_sources(node, q, k, v)
-    return Attention(q, k, v, rows, float(scale), mask)
+        reader.mask.right = 0
+    grouped = node.kwargs.get("enable_gqa", False)
+    if not grouped and not same(value(q).shape[1], value(k).shape[1]):
+        return f"q has {value(q).shape[1]} heads and k {value(k).shape[1]}, without enable_gqa"
+    return with_operands(node, node, (q, k, v), float(scale), 0.0, reader.mask)
 
 
-def check_operands(node: Node, q: Any, k: Any, v: Any) -> str | None:
-    """The reason why these are not operands of the op, None where they are."""
-    for name, operand in (("q", q), ("k", k), ("v", v)):
-        if not is_tensor(operand, rank=4):
-            return f"{name} has {value(operand).dim()} dimensions, expected [B, H, S, D]"
-        if dtype_of(operand) not in attention.types["T"] or dtype_of(operand) != dtype_of(q):
-            return f"{name} is {dtype_of(operand)}, supported are {', '.join(attention.types['T'])}, all alike"
-    head_dim, heads, kv_heads = value(q).shape[3], value(q).shape[1], value(k).shape[1]
-    if not all(isinstance(size, int) for size in (head_dim, heads, kv_heads)):
-        return "the number of heads or the head dimension is not known before run time"
-    if head_dim > MAX_HEAD_DIM:
+def read_argument(reader: MaskReader, mask: Any, dtype: str) -> str | None:
+    """Read sdpa's attn_mask."""
+    if mask is None:
+        return None
+    if not is_tensor(mask) or not 2 <= value(mask).dim() <= 4:
+        return "the mask is not a tensor of 2 to 4 dimensions"
+    return reader.seen(Term(mask)) if value(mask).dtype == torch.bool else reader.added(Term(mask), dtype)
+
+
+def from_softmax(node: Node) -> Attention | str | None:
+    product = weighted_values(node)
+    if product is None or isinstance(product, str):
+        return product
+    end, v = product
+    scores = read_scores(node.args[0])
+    if not isinstance(scores, Scores):
+        return scores or "its scores are no product of queries and keys"
+    if not is_last_axis(node):
+        return "the softmax is not over the keys"
+    shape = value(node).shape
+    if len(shape) not in (3, 4):
+        return f"its scores have {len(shape)} dimensions, expected [B, H, Sq, Sk] or [B*H, Sq, Sk]"
+    reader = MaskReader((1, *shape) if len(shape) == 3 else shape, shape[-1])  # heads of a batch of one
+    for term in scores.terms:
+        problem = reader.added(term, dtype_of(scores.q))
+        if problem is not None:
+            return problem
+    for term, fill in scores.seen:
+        reader.mask.finite |= fill != float("-inf")
+        problem = reader.seen(term)
+        if problem is not None:
+            return problem
+    sources = [split_heads(x, len(shape)) for x in (scores.q, scores.k, v)]
+    return with_operands(scores.product, end, sources, scores.scale, scores.softcap, reader.mask)
+
+
+def split_heads(node: Any, rank: int) -> Any:
+    """[B, H, S, D] where the node is [B*H, S, D], a view of that, and the scores have four dimensions."""
+    source = node
+    while rank == 4 and is_tensor(source, rank=3) and called(source, *RESHAPES, *_COPIES):
+        source = source.args[0]
+    split = is_tensor(source, rank=4) and same_shape(value(source).shape[2:], value(node).shape[1:])
+    return source if split else node
+
+
+def with_operands(start: Node, end: Node, sources: Any, scale: float, softcap: float, mask: Mask) -> Attention | str:
+    """The match, or the reason why these are not operands of the op."""
+    q, k, v = sources
+    rank = value(q).dim() if is_tensor(q) else 0
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not is_tensor(x, rank=rank):
+            return f"{name} has {value(x).dim()} dimensions and q {rank}"
+        if dtype_of(x) not in attention.types["T"] or dtype_of(x) != dtype_of(q):
+            return f"{name} is {dtype_of(x)}, supported are {', '.join(attention.types['T'])}, all alike"
+        if mutation_between(x, start, end) is not None:
+            return f"{name} is written into before the weights are multiplied with v"
+    head_dim = value(q).shape[-1]
+    if not isinstance(head_dim, int) or head_dim > MAX_HEAD_DIM:
         return f"the head dimension is {head_dim}, supported are up to {MAX_HEAD_DIM}"
-    if not same(value(v).shape[3], head_dim):
-        return f"v has a head dimension of {value(v).shape[3]}, q and k of {head_dim}"
-    if heads != kv_heads and not node.kwargs.get("enable_gqa", False):
-        return f"q has {heads} heads and k {kv_heads}, without enable_gqa"
-    return None
+    if not same(value(v).shape[-1], head_dim):
+        return f"v has a head dimension of {value(v).shape[-1]}, q and k of {head_dim}"
+    (k, k_cast), (v, v_cast) = uncast(k), uncast(v)
+    narrow = unrepeated(k), unrepeated(v)
+    if rank == 4 and same(value(narrow[0]).shape[1], value(narrow[1]).shape[1]):
+        k, v = narrow
+    (q, q_scale), (k, k_scale) = scaled_below(q, ()), scaled_below(k, k_cast)
+    return Attention(start, end, q, k, Term(v, v_cast), scale * q_scale * k_scale, softcap, mask)
 
 
-def row_sources(node: Node, q: Node, k: Node, v: Node) -> tuple[Node, Node, Node] | None:
-    sources = [row_source(operand) for operand in (q, k, v)]
-    if any(source is None or mutation_between(source, node) for source in sources):
-        return None
-    return tuple(sources)  # type: ignore[return-value]
+def uncast(node: Node) -> tuple[Node, tuple[Node, ...]]:
+    """A tensor before copies and casts to another dtype, and the casts."""
+    casts: tuple[Node, ...] = ()
+    while called(node, *_COPIES, *_CASTS):
+        casts = (node, *casts) if called(node, *_CASTS) else casts
+        node = node.args[0]  # type: ignore[assignment]
+    return node, casts
 
 
-def row_source(operand: Node) -> Node | None:
-    """x [B, S, H*D] where the operand is `x.view(B, S, H, D).transpose(1, 2)`, else None."""
-    if not called(operand, aten.transpose.int) or axes_of(operand) != {1, 2}:
-        return None
-    split = operand.args[0]
-    if not called(split, *RESHAPES) or not is_tensor(split.args[0], rank=3):  # type: ignore[union-attr]
-        return None
-    rows: Node = split.args[0]  # type: ignore[union-attr, assignment]
-    (_, _, heads, head_dim), shape = value(split).shape, value(rows).shape
-    merged = isinstance(shape[2], int) and shape[2] == heads * head_dim
-    return rows if merged and same_shape(shape[:2], value(split).shape[:2]) else None
+def unrepeated(node: Node) -> Node:
+    """x [B, Hkv, S, D] where each of its heads was repeated for a group of queries."""
+    if called(node, aten.repeat_interleave.self_int) and argument(node, 2, "dim") == 1:
+        return node.args[0]  # type: ignore[return-value]
+    wide = node.args[0] if called(node, *RESHAPES) else None
+    narrow = wide.args[0] if called(wide, aten.expand.default) else None  # type: ignore[union-attr]
+    if not called(narrow, aten.unsqueeze.default) or narrow.args[1] != 2 or not is_tensor(wide, rank=5):  # type: ignore[union-attr]
+        return node
+    source: Node = narrow.args[0]  # type: ignore[union-attr, assignment]
+    merged = same_shape(value(node).shape[2:], value(source).shape[2:])
+    return source if merged and is_tensor(source, rank=4) else node
+
+
+def scaled_below(node: Node, casts: tuple[Node, ...]) -> tuple[Term, float]:
+    """The operand, with casts yet to be made, without a factor that stands above or below its views, and the factor."""
+    while called(node, *_COPIES):
+        node = node.args[0]  # type: ignore[assignment]
+    source, views = node, casts
+    while called(source, *_VIEWS):
+        source, views = source.args[0], (source, *views)  # type: ignore[assignment]
+    plain, factor = scaled_by(source)
+    return (Term(plain, views), factor) if factor != 1.0 else (Term(node, casts), 1.0)
+
+
+def operand(graph: Graph, term: Term) -> Node:
+    node = term.node
+    for view in term.views:
+        node = imitated(graph, node, view)
+    return node
 
 
 def rewrite_attention(graph: Graph, node: Node, match: Attention) -> None:
-    target = TORCH_OPS["attention"].overload
-    lengths, keys = key_inputs(graph, match.mask)
-    bias = match.mask.bias
-    if bias is not None:
-        bias = additive(graph, bias, value(match.q).dtype)
-    attrs: dict[str, Any] = {"scale": match.scale, "causal": match.mask.causal}
-    if match.rows is None:
-        out = call(graph, target, match.q, match.k, match.v, bias, lengths, keys, **attrs)
-    else:
-        heads, kv_heads, head_dim = value(match.q).shape[1], value(match.k).shape[1], value(match.q).shape[3]
-        attrs |= {"num_heads": heads, "kv_num_heads": kv_heads}
-        rows = call(graph, target, *match.rows, bias, lengths, keys, **attrs)
-        split = call(graph, aten.unflatten.int, rows, 2, [heads, head_dim])
-        out = call(graph, aten.transpose.int, split, 1, 2)
-    replace(node, out)
-    graph.erase_node(node)
+    with graph.inserting_before(match.end):
+        out = attend(graph, match)
+        if value(match.end).dim() == 3:
+            three = value(match.q.views[-1] if match.q.views else match.q.node).dim() == 3
+            out = call(graph, aten.squeeze.dim, out, 0) if three else call(graph, aten.flatten.using_ints, out, 0, 1)
+    replace(match.end, out)
+    graph.erase_node(match.end)
 
 
-def additive(graph: Graph, mask: Node, dtype: torch.dtype) -> Node:
-    """The mask as a bias of rank 4: a bool one becomes 0 where True and -inf where False."""
-    if value(mask).dtype == torch.bool:
-        hidden = call(graph, aten.logical_not.default, mask)
-        zeros = call(graph, aten.zeros_like.default, mask, dtype=dtype)
-        mask = call(graph, aten.masked_fill.Scalar, zeros, hidden, float("-inf"))
-    while value(mask).dim() < 4:
-        mask = call(graph, aten.unsqueeze.default, mask, 0)
-    return mask
+def attend(graph: Graph, match: Attention) -> Node:
+    """The op's call; its output as [B, H, Sq, D]."""
+    target, mask = TORCH_OPS["attention"].overload, match.mask
+    q, k, v = (operand(graph, term) for term in (match.q, match.k, match.v))
+    if value(q).dim() == 3:
+        q, k, v = (call(graph, aten.unsqueeze.default, x, 0) for x in (q, k, v))
+    masks = (bias_input(graph, mask, q), *key_inputs(graph, mask, q))
+    attrs: dict[str, Any] = {
+        "scale": match.scale,
+        "causal": mask.right == 0,
+        "masked_row": "mean" if mask.finite else "zero",
+    }
+    attrs |= {
+        "window_left": mask.left,
+        "window_right": max(mask.right, -1) if mask.right else -1,
+        "softcap": match.softcap,
+    }
+    if not all(map(in_rows, (q, k, v))):
+        return call(graph, target, q, k, v, *masks, **attrs)
+    heads, kv_heads, head_dim = value(q).shape[1], value(k).shape[1], value(q).shape[3]
+    rows = [call(graph, aten.flatten.using_ints, call(graph, aten.transpose.int, x, 1, 2), 2) for x in (q, k, v)]
+    out = call(graph, target, *rows, *masks, num_heads=heads, kv_num_heads=kv_heads, **attrs)
+    return call(graph, aten.transpose.int, call(graph, aten.unflatten.int, out, 2, [heads, head_dim]), 1, 2)
+
+
+def in_rows(x: Node) -> bool:
+    """The heads of a position [B, H, S, D] stand side by side in memory."""
+    heads, head_dim, strides = value(x).shape[1], value(x).shape[3], value(x).stride()
+    return isinstance(heads, int) and same(strides[3], 1) and (heads == 1 or same(strides[1], head_dim))

@@ -1,0 +1,152 @@
+"""Mixed precision as users have it: autocast, and optimize_model(dtype=...)."""
+
+import copy
+
+import pytest
+import torch
+from models import build, inputs, tensors
+from torch import nn
+from transformers import T5Config, T5EncoderModel
+
+import trimaran
+from trimaran.torch_path import ops
+from trimaran.torch_path.optimize import untouched
+
+HALVES = [torch.float16, torch.bfloat16]
+NAMES = ["bert", "t5-gated", "llama", "vit"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def error(got, exact):
+    return max((a.double() - b).abs().max().item() / b.abs().max().item() for a, b in zip(got, exact, strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(name, dtype):
+    model, call = build(name), inputs(name)
+    report = trimaran.optimize_model(model)
+    with torch.no_grad():
+        exact = tensors(copy.deepcopy(model).double()(**{**call, **doubled(call)}), call)
+    ours_fp32 = tensors(model(**call), call)
+    with torch.autocast("cpu", dtype=dtype):
+        ours = tensors(model(**call), call)
+        with untouched(model), torch.no_grad():
+            eager = tensors(model(**call), call)
+    assert [t.dtype for t in ours] == [t.dtype for t in eager]
+    assert error(ours, exact) <= 2 * error(eager, exact) + 1e-3
+    assert error(ours_fp32, exact) < 1e-4
+    assert error(tensors(model(**call), call), exact) < 1e-4, "outside of autocast nothing has changed"
+    assert len(report.graphs) == 2
+    assert report.graphs[0].replaced == report.graphs[1].replaced
+    assert not report.fallbacks
+
+
+def doubled(call):
+    return {k: v.double() for k, v in call.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dtype_of_its_own(name, dtype, monkeypatch):
+    model, call = build(name), inputs(name)
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        exact = tensors(copy.deepcopy(model).double()(**{**call, **doubled(call)}), call)
+        with torch.autocast("cpu", dtype=dtype):
+            eager = tensors(model(**call), call)
+    trimaran.optimize_model(model, dtype=dtype)
+    seen = dtypes_of("attention", monkeypatch)
+    ours = tensors(model(**call), call)
+    assert error(ours, exact) <= 2 * error(eager, exact) + 1e-3
+    assert [t.dtype for t in ours] == [t.dtype for t in eager]
+    assert seen == {dtype}
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
+    trimaran.restore(model)
+    assert error(tensors(model(**call), call), exact) < 1e-4
+
+
+def dtypes_of(op, monkeypatch):
+    seen, reference = set(), ops.TORCH_OPS[op].reference
+
+    def record(given, *rest):
+        seen.add(given[0].dtype)
+        return reference(given, *rest)
+
+    monkeypatch.setattr(ops.TORCH_OPS[op], "reference", record)
+    return seen
+
+
+def test_layers_that_overflow_in_fp16_stay_in_fp32():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    model = T5EncoderModel(T5Config(**sizes)).eval()
+    with torch.no_grad():
+        for block in model.encoder.block:
+            block.layer[1].DenseReluDense.wo.weight *= 1e6  # its sums do not fit into fp16
+        call = {"input_ids": torch.arange(3, 10)[None]}
+        exact = model(**call).last_hidden_state
+    trimaran.optimize_model(model, dtype=torch.float16)
+    ours = model(**call).last_hidden_state
+    assert ours.isfinite().all()
+    assert error([ours], [exact.double()]) < 0.02
+
+
+def test_weights_are_cast_once():
+    model, call = build("bert"), inputs("bert")
+    trimaran.optimize_model(model, dtype=torch.bfloat16)
+    model(**call)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        model(**call)
+    casts = [event.input_shapes[0] for event in profile.events() if event.name == "aten::_to_copy"]
+    assert [32, 32] not in casts
+    assert [48, 32] not in casts
+
+
+class Regions(nn.Module):
+    """Autocast within the model: on for one layer, off for another, whatever it is outside."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.low, self.full, self.norm = nn.Linear(32, 32), nn.Linear(32, 32), nn.LayerNorm(32)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.low(x)
+        with torch.autocast("cpu", enabled=False):
+            z = self.full(x.float())
+        return self.norm(y + z), y, z
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_regions_of_autocast_in_the_model(outside):
+    model, x = Regions().eval(), torch.randn(2, 5, 32)
+    report = trimaran.optimize_model(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside), torch.no_grad():
+        with untouched(model):
+            expected = model(x)
+        ours = model(x)
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+    assert ours[2].dtype == torch.float32
+    assert report.replaced["layer_norm"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, "float16"])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"dtype is .*, expected torch.float16, torch.bfloat16 or None"):
+        trimaran.optimize_model(build("bert"), dtype=dtype)
+
+
+def test_another_dtype_wants_a_restored_model():
+    model = build("bert")
+    trimaran.optimize_model(model)
+    with pytest.raises(ValueError, match="the model is optimized with None: restore it first"):
+        trimaran.optimize_model(model, dtype=torch.float16)

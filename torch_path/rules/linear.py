@@ -1,0 +1,274 @@
+"""Linear layers, and what follows them or stands beside them: one op each.
+
+Rules, in their order: every linear layer becomes the op; a product of an activated one with another of the same input
+becomes `gated_linear`; activations go into the layer before them; layers of one input (q, k and v) become one; the norm
+of a layer's sum with a residual becomes `linear_norm`; what residuals are left go into their layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from trimaran.kernels.linear import linear
+from trimaran.torch_path.graph import (
+    RESHAPES,
+    aten,
+    base,
+    call,
+    called,
+    dtype_of,
+    is_tensor,
+    mutation_between,
+    replace,
+    same,
+    same_shape,
+    value,
+)
+from trimaran.torch_path.ops import TORCH_OPS
+from trimaran.torch_path.rules.activations import activation_of
+from trimaran.torch_path.rules.residual import item
+
+LINEAR = TORCH_OPS["linear"].overload
+LINEAR_ANCHORS = (aten.linear.default, aten.addmm.default)
+GATED_ANCHORS = (aten.mul.Tensor,)
+SHARED_ANCHORS = RESIDUAL_ANCHORS = (LINEAR,)
+NORM_ANCHORS = (TORCH_OPS["layer_norm"].overload, TORCH_OPS["rms_norm"].overload)
+MOST_SHARED = 3
+
+
+@dataclass(frozen=True)
+class Layer:
+    """x W^T + bias, or x W + bias where transposed; `end` is what is replaced."""
+
+    end: Node
+    x: Node
+    weight: Node
+    bias: Node | None
+    transposed: bool = False
+
+
+def check_linear(node: Node) -> Layer | str | None:
+    layer = _whole(node) if called(node, aten.linear.default) else _written_out(node)
+    if layer is None:
+        return None
+    if not is_tensor(layer.weight, rank=2) or (layer.bias is not None and not is_tensor(layer.bias, rank=1)):
+        return "its weight is no matrix, or its bias no vector"
+    for name, tensor in (("x", layer.x), ("weight", layer.weight), ("bias", layer.bias)):
+        if tensor is not None and (dtype_of(tensor) not in linear.types["T"] or dtype_of(tensor) != dtype_of(layer.x)):
+            return f"{name} is {dtype_of(tensor)}, supported are {', '.join(linear.types['T'])}, all alike"
+    return layer if value(layer.x).dim() >= 2 else None
+
+
+def _whole(node: Node) -> Layer:
+    x, weight, *bias = node.args
+    return Layer(node, x, weight, bias[0] if bias else node.kwargs.get("bias"))  # type: ignore[arg-type]
+
+
+def _written_out(node: Node) -> Layer | None:
+    """bias + x W, with the views that make rows of x and undo that (GPT-2's Conv1D)."""
+    bias, rows, weight = node.args[:3]
+    if node.kwargs or not is_tensor(bias, rank=1):
+        return None
+    layer = Layer(node, rows, weight, bias, True)  # type: ignore[arg-type]
+    x = rows.args[0] if called(rows, *RESHAPES) else None  # type: ignore[union-attr]
+    end = next(iter(node.users)) if len(node.users) == 1 else None
+    if not is_tensor(x) or not called(end, *RESHAPES) or not same(value(x).shape[-1], value(rows).shape[-1]):
+        return layer
+    undone = same_shape(value(end).shape[:-1], value(x).shape[:-1])
+    return Layer(end, x, weight, bias, True) if undone else layer  # type: ignore[arg-type]
+
+
+def rewrite_linear(graph: Graph, node: Node, match: Layer) -> None:
+    with graph.inserting_before(match.end):
+        out = call(graph, LINEAR, match.x, match.weight, match.bias, transpose_weight=match.transposed)
+    replace(match.end, out)
+    graph.erase_node(match.end)
+
+
+def is_plain(node: Any, *users: Node) -> bool:
+    """A linear op without activation or residual, of use to these nodes only."""
+    if not called(node, LINEAR) or node.kwargs.get("activation", "none") != "none" or len(node.args) > 3:
+        return False
+    return {*node.users} <= {*users}
+
+
+def inside(end: Node, start: Node) -> set[Node]:
+    """The end, and the nodes between `start` and it."""
+    found, todo = {end}, [end]
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source is not start and source not in found and start < source:
+                found.add(source)
+                todo.append(source)
+    return found
+
+
+@dataclass(frozen=True)
+class Activated:
+    layer: Node
+    activation: str
+
+
+def check_activation(node: Node) -> Activated | None:
+    found = activation_of(node)
+    if found is None or not is_plain(found[1], *inside(node, found[1])):
+        return None
+    return Activated(found[1], found[0])
+
+
+def rewrite_activation(graph: Graph, node: Node, match: Activated) -> None:
+    out = call(graph, LINEAR, *match.layer.args, **{**match.layer.kwargs, "activation": match.activation})
+    replace(node, out)
+    graph.erase_node(node)
+
+
+@dataclass(frozen=True)
+class Gated:
+    gate: Node
+    up: Node | None  # None: the gate's layer is both, one half after the other
+    activation: str
+    half: str = "first"
+
+
+def check_gated(node: Node) -> Gated | None:
+    if len(node.args) != 2 or not all(map(is_tensor, node.args)):
+        return None
+    for one, other in (node.args, node.args[::-1]):
+        found = activation_of(one)
+        if found is None:
+            continue
+        activation, gate = found
+        users = inside(one, gate)  # type: ignore[arg-type]
+        if is_plain(gate, *users) and is_plain(other, node) and _same_form(gate, other):  # type: ignore[arg-type]
+            return Gated(gate, other, activation)  # type: ignore[arg-type]
+        halves = _halves(gate, other)
+        if halves is not None and {*gate.users} <= users and {*other.users} == {node}:  # type: ignore[union-attr]
+            return Gated(halves[0], None, activation, halves[1])
+    return None
+
+
+def _same_form(one: Node, other: Node) -> bool:
+    alike = one.args[0] is other.args[0] and one.kwargs == other.kwargs
+    return alike and same_shape(value(one.args[1]).shape, value(other.args[1]).shape)
+
+
+def _halves(gate: Node, up: Any) -> tuple[Node, str] | None:
+    """(layer, which half is the gate) where both are the halves of one layer's output."""
+    split = gate.args[0] if getattr(gate.target, "__name__", "") == "getitem" else None
+    if not called(split, aten.chunk.default, aten.split.Tensor) or not isinstance(up, Node) or up.args[:1] != (split,):
+        return None
+    layer: Any = split.args[0]  # type: ignore[union-attr]
+    if not is_plain(layer, split) or len(split.users) != 2:  # type: ignore[arg-type, union-attr]
+        return None
+    axis = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)  # type: ignore[union-attr]
+    half, whole = value(gate).shape[-1], value(layer).shape[-1]
+    last = axis in (-1, value(layer).dim() - 1) and isinstance(whole, int) and whole == 2 * half
+    return (layer, "second" if gate.args[1] else "first") if last else None
+
+
+def rewrite_gated(graph: Graph, node: Node, match: Gated) -> None:
+    x, weight, bias = match.gate.args
+    up = (None, None) if match.up is None else match.up.args[1:]
+    transposed = match.gate.kwargs["transpose_weight"]
+    attrs = {"activation": match.activation, "gate": match.half, "transpose_weight": transposed}
+    out = call(graph, TORCH_OPS["gated_linear"].overload, x, weight, up[0], bias, up[1], **attrs)
+    replace(node, out)
+    graph.erase_node(node)
+
+
+def check_shared(node: Node) -> list[Node] | None:
+    """The layers, this one first, that share its input and belong together; None where there is no other."""
+    x: Any = node.args[0]
+    if not is_plain(node, *node.users):
+        return None
+    group = [
+        user for user in sorted(x.users)
+        if is_plain(user, *user.users) and user.args[0] is x and user.kwargs == node.kwargs and siblings(node, user)
+    ][:MOST_SHARED]  # fmt: skip
+    if len(group) < 2 or group[0] is not node or mutation_between(x, node, group[-1]) is not None:
+        return None
+    known = all(param is None or param < node for layer in group for param in layer.args[1:])
+    return group if known and all(isinstance(value(layer).shape[-1], int) for layer in group) else None
+
+
+def foreign(node: Node) -> bool:
+    """An operator of somebody else's, which may count on rows that lie together."""
+    return getattr(node.target, "namespace", "aten") not in ("aten", "prims", "trimaran")
+
+
+def siblings(one: Node, other: Node) -> bool:
+    """Layers of one module, as far as the graph tells."""
+    parents = []
+    for node in (one, other):
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        parents.append(str(stack[-1][0]).rpartition(".")[0] if stack else "")
+    return parents[0] == parents[1]
+
+
+def rewrite_shared(graph: Graph, node: Node, match: list[Node]) -> None:
+    parts = [param for layer in match[1:] for param in layer.args[1:]]
+    wide = call(graph, LINEAR, *match[0].args, None, *parts, **node.kwargs)
+    ends = list(itertools.accumulate(value(layer).shape[-1] for layer in match))
+    starts = [0, *ends]
+    slices = [call(graph, aten.slice.Tensor, wide, -1, *span) for span in zip(starts, ends, strict=False)]
+    for layer, part in zip(match, slices, strict=True):
+        if any(foreign(user) for user in layer.users):
+            part = call(graph, aten.contiguous.default, part)
+        replace(layer, part)
+        graph.erase_node(layer)
+    for user in graph.nodes:  # rows are further apart now
+        if called(user, aten.view.default) and base(user) is wide:
+            user.target = aten.reshape.default
+
+
+@dataclass(frozen=True)
+class Normed:
+    layer: Node
+    residual: Node | None
+
+
+def check_linear_norm(node: Node) -> Normed | None:
+    params = 2 if node.target is NORM_ANCHORS[0] else 1
+    x, residual = node.args[0], node.args[1 + params]
+    for layer, other in ((x, residual), (residual, x)):
+        if is_plain(layer, node) and (other is None or is_tensor(other)):
+            return Normed(layer, other)  # type: ignore[arg-type]
+    return None
+
+
+def rewrite_linear_norm(graph: Graph, node: Node, match: Normed) -> None:
+    layer_norm = node.target is NORM_ANCHORS[0]
+    x, weight, bias = match.layer.args
+    params = node.args[1:3] if layer_norm else (node.args[1], None)
+    attrs: dict[str, Any] = {"eps": node.kwargs["eps"], "norm": "layer" if layer_norm else "rms"}
+    attrs |= {"cast": node.kwargs.get("cast", "torch"), "return_sum": node.kwargs["return_sum"]}
+    attrs["transpose_weight"] = match.layer.kwargs["transpose_weight"]
+    both = call(graph, TORCH_OPS["linear_norm"].overload, x, weight, bias, match.residual, *params, **attrs)
+    for user in list(node.users):
+        replace(user, item(graph, both, user.args[1]))  # type: ignore[arg-type]
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def check_residual(node: Node) -> tuple[Node, Node] | None:
+    """(the sum, the residual)"""
+    total = next(iter(node.users)) if len(node.users) == 1 else None
+    if not called(total, aten.add.Tensor) or total.kwargs or len(node.args) > 3:  # type: ignore[union-attr]
+        return None
+    others = [side for side in total.args if side is not node]  # type: ignore[union-attr]
+    if len(others) != 1 or not is_tensor(others[0]) or not same_shape(value(others[0]).shape, value(node).shape):
+        return None
+    alike = value(others[0]).dtype == value(node).dtype == value(total).dtype
+    return (total, others[0]) if alike else None  # type: ignore[return-value]
+
+
+def rewrite_residual(graph: Graph, node: Node, match: tuple[Node, Node]) -> None:
+    total, residual = match
+    with graph.inserting_before(total):
+        out = call(graph, LINEAR, *node.args, residual, **node.kwargs)
+    replace(total, out)
+    graph.erase_node(total)
