@@ -70,6 +70,7 @@ SLOTS: dict[str, tuple[int, tuple[Any, ...]]] = {
     "KernelInfo_GetOutputCount": (231, (P, P)),
     "KernelInfo_GetOutputName": (233, (P, SIZE, P, P)),
     "KernelInfo_GetNodeName": (244, (P, P, P)),
+    "KernelInfoGetConstantInput_tensor": (249, (P, SIZE, P, P)),
     "ShapeInferContext_GetInputCount": (267, (P, P)),
     "ShapeInferContext_GetInputTypeShape": (268, (P, SIZE, P)),
     "ShapeInferContext_GetAttribute": (269, (P, c_char_p, P)),

@@ -18,7 +18,8 @@ class Node:
     """One node of one session.
 
     name: the node's; attrs: its attributes, checked, with defaults; input_count: its inputs, absent ones among them
-    unless they trail; wanted: for each output of the op, whether the node has it; device_index: of the CUDA device.
+    unless they trail; constant: for each input, whether it is an initializer; wanted: for each output of the op,
+    whether the node has it; device_index: of the CUDA device.
     Raises ValueError or TypeError, naming the attribute, for attributes that the op does not take.
     """
 
@@ -28,6 +29,7 @@ class Node:
         given = {attr.name: node_attribute(api, info, attr.name) for attr in op.attrs}
         self.attrs = op.attributes({name: value for name, value in given.items() if value is not None})
         self.input_count = api.count(api.KernelInfo_GetInputCount, info)
+        self.constant = tuple(is_initializer(api, info, index) for index in range(self.input_count))
         outputs = api.count(api.KernelInfo_GetOutputCount, info)
         self.wanted = tuple(
             not port.optional or (index < outputs and api.text(api.KernelInfo_GetOutputName, info, index) != "")
@@ -41,6 +43,15 @@ class Node:
 
     def close(self) -> None:
         self.api.ReleaseAllocator(self.allocator)
+
+
+def is_initializer(api: Api, info: int, index: int) -> bool:
+    """Whether an input's value is in the file; not so an absent input."""
+    found, value = c_int(), c_void_p()
+    if status := api.KernelInfoGetConstantInput_tensor(info, index, byref(found), byref(value)):
+        api.message(status)
+        return False
+    return bool(found.value)
 
 
 def node_name(api: Api, info: int) -> str:
@@ -75,9 +86,9 @@ def node_attribute(api: Api, info: int, name: str) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def described(dtype: str, shape: tuple[int, ...], aligned: bool) -> Tensor:
+def described(dtype: str, shape: tuple[int, ...], aligned: bool, constant: bool) -> Tensor:
     """A contiguous tensor, as all of ONNX Runtime's are."""
-    return Tensor(dtype, shape, contiguous_strides(shape), aligned)
+    return Tensor(dtype, shape, contiguous_strides(shape), aligned, constant=constant)
 
 
 class Run:
@@ -107,7 +118,8 @@ class Run:
             api.ReleaseTensorTypeAndShapeInfo(info)
         api.check(api.GetTensorMutableData(value, pointer))
         address = out.value or 0
-        return described(dtype, tuple(dims), address % ALIGNMENT == 0), address
+        constant = self.node.constant[index]
+        return described(dtype, tuple(dims), address % ALIGNMENT == 0, constant), address
 
     def output(self, index: int, shape: tuple[int, ...]) -> int:
         """Allocate an output; its address. LookupError where the node has no such output."""

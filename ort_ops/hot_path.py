@@ -1,7 +1,7 @@
 """The Python side of `hot_path.c`: its structs, its tables of plans, and what it asks Python for.
 
 Each node has a `HotKernel`, whose address is what ONNX Runtime keeps. Nodes of one kind (op, dtypes, attributes,
-outputs, device) share one `Table`: what the first of them needed, the others find.
+initializers, outputs, device) share one `Table`: what the first of them needed, the others find.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import weakref
 from ctypes import CFUNCTYPE, c_int, c_int64, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
 from typing import Any
 
-from trimaran.kernels.contract import Op
+from trimaran.kernels.contract import Op, Tensor
 from trimaran.kernels.driver import driver
 from trimaran.kernels.programs import serialize
 from trimaran.ort_ops.abi import CPU, CUDA, immortalize
@@ -129,11 +129,14 @@ class HotKernel:
     def make_plan(self, facts: Facts, sizes: list[int]) -> int:
         """Add the plan for these inputs; a reference to it. Raises as `Kernel.plan` does."""
         self.table.misses += 1
-        types, inputs, at = self.kernel.variant.input_types, [], 0
-        for dtype, fact in zip(types, facts.inputs, strict=False):
+        types, at = self.kernel.variant.input_types, 0
+        inputs: list[Tensor | None] = [None] * len(types)
+        for index, constant in enumerate(self.kernel.node.constant):
+            fact = facts.inputs[index]
             rank = fact & RANK
-            shape = tuple(sizes[at : at + rank])
-            inputs.append(described(dtype, shape, bool(fact & ALIGNED)) if fact & PRESENT else None)
+            if fact & PRESENT:
+                shape = tuple(sizes[at : at + rank])
+                inputs[index] = described(types[index], shape, bool(fact & ALIGNED), constant)
             at += 2 * rank  # strides, which C has computed as `described` does
         plan, _ = self.kernel.plan(inputs, bool(facts.aligned))
         return self.table.add(facts, serialize(plan, len(types), self.executor.load))
@@ -162,7 +165,8 @@ _TABLES: weakref.WeakValueDictionary[Any, Table] = weakref.WeakValueDictionary()
 
 def _table(kernel: Kernel) -> Table:
     """The table of nodes of this kind."""
-    key = (kernel.variant.address, tuple(vars(kernel.node.attrs).values()), kernel.node.wanted, kernel.device)
+    node = kernel.node
+    key = (kernel.variant.address, tuple(vars(node.attrs).values()), node.constant, node.wanted, kernel.device)
     table = _TABLES.get(key)
     if table is None:
         table = _TABLES[key] = Table()

@@ -266,7 +266,7 @@ class Fixture:
         self.attrs = op.attributes(attrs)
         node = SimpleNamespace(
             name="it", attrs=self.attrs, wanted=wanted, input_count=len(op.inputs), device_index=0,
-            allocator=ALLOCATOR, memory=MEMORY_INFO,
+            allocator=ALLOCATOR, memory=MEMORY_INFO, constant=(False,) * len(op.inputs),
         )  # fmt: skip
         self.types = tuple(op.types.get(port.type, (port.type,))[0] for port in op.inputs)
         self.plans = PlanCache(op)
@@ -293,7 +293,7 @@ class Fixture:
         """What Python launches, and the shapes of the outputs."""
         given = self.runtime.inputs
         inputs = [
-            None if t is None else described(dtype, t[0], t[1] % 16 == 0)
+            None if t is None else described(dtype, t[0], t[1] % 16 == 0, False)
             for dtype, t in zip(self.types, given, strict=True)
         ]
         made, sizes = self.plans.find(inputs, self.attrs, HOPPER, self.wanted, aligned_outputs)

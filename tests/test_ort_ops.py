@@ -376,6 +376,24 @@ def test_nodes_and_sessions_share_plans() -> None:
     assert TRIMARAN.plans["layer_norm"].misses == before + 1
 
 
+@pytest.mark.usefixtures("path")
+def test_initializers_are_constant_to_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind an absent input; what a graph is fed is not."""
+    seen: list[Any] = []
+    find = PlanCache.find
+    note = lambda self, inputs, *rest: seen.append([t and t.constant for t in inputs]) or find(self, inputs, *rest)  # noqa: E731
+    monkeypatch.setattr(PlanCache, "find", note)
+    made = node("layer_norm", ["x", "", "b"], ["y"], eps=0.125)
+    proto = onnx.load_from_string(graph_model([made], {"x": (1, ["n", 8]), "b": (1, [8])}, {"y": 1}))
+    fed = session_of(proto.SerializeToString())
+    bias = proto.graph.input.pop()
+    proto.graph.initializer.append(helper.make_tensor(bias.name, 1, [8], [1.0] * 8))
+    x = torch.zeros(2, 8).numpy()
+    assert session_of(proto.SerializeToString()).run(None, {"x": x})[0].sum() == 16
+    assert fed.run(None, {"x": x, "b": torch.ones(8).numpy()})[0].sum() == 16
+    assert seen == [[False, None, True, None], [False, None, False, None]]
+
+
 def inferred(made: onnx.NodeProto, shapes: dict[str, list[Any]], outputs: Sequence[str]) -> list[list[Any]]:
     types = {name: (TensorProto.INT32 if name == "key_lengths" else 1, shape) for name, shape in shapes.items()}
     return [out.shape for out in session_of(graph_model([made], types, dict.fromkeys(outputs, 1))).get_outputs()]
