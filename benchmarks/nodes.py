@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimaran.benchmarks.kernels import SEED, spread
-from trimaran.benchmarks.machine import ceilings, drift, environment, unsteady, version
+from trimaran.benchmarks.machine import ceilings, drift, environment, unsteady
 from trimaran.benchmarks.measure import Contender, HostWatch, Run, Timing, compare
 from trimaran.benchmarks.report import OURS, PEERS
 from trimaran.kernels.interpreter import interpret
@@ -125,6 +125,8 @@ def bound(session: Any, x: torch.Tensor) -> Run:
 def bench(nodes: int, rounds: int, console: Console) -> dict[str, Any]:
     """The result as it is written to JSON. On a machine without a GPU a tiny chain is interpreted, which only shows
     that it runs."""
+    import onnxruntime
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     rows, columns, dtype = (128, 768, torch.float16) if cuda else (4, 16, torch.float32)
@@ -142,8 +144,7 @@ def bench(nodes: int, rounds: int, console: Console) -> dict[str, Any]:
     reasons = unsteady(drifts := drift(before, ceilings(device, dtype)))
     found = {"version": VERSION, "valid": not reasons, "invalid_because": reasons, "drift_percent": drifts}
     found |= {"nodes": nodes, "rows": rows, "columns": columns, "dtype": str(dtype).removeprefix("torch.")}
-    runtime = next(name for name in ("onnxruntime-gpu", "onnxruntime") if version(name) != "from a checkout")
-    where = environment(device) | {runtime: version(runtime), "hot_path": native().how.split(",")[0]}
+    where = environment(device) | {"onnxruntime": onnxruntime.__version__, "hot_path": native().how.split(",")[0]}
     return found | {"rounds": rounds, "method": HostWatch.method, "environment": where, "cases": cases}
 
 
@@ -247,7 +248,7 @@ def figure(found: dict[str, Any], path: Path) -> None:
     labels = [f"{case['op']}\n{case['mode']}" for case in found["cases"]]
     axes.set_yticks(range(len(labels)), labels, fontsize=9)
     axes.invert_yaxis()
-    axes.margins(x=0.25)
+    axes.margins(x=0.35)
     axes.set_xlabel("us per node (less is better); black: the target")
     axes.set_title(heading(found) + ("" if found["valid"] else "\nINVALID"), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from trimaran.benchmarks.machine import environment, version
+from trimaran.benchmarks.machine import environment
 from trimaran.kernels.contract import expect_shape
 from trimaran.kernels.interpreter import interpret
 from trimaran.kernels.layer_norm import layer_norm_reference
@@ -328,14 +328,15 @@ def table_misses() -> int:
 
 def soak(scale: float, console: Console, done: Callable[[Check], None]) -> dict[str, Any]:
     """Run all checks; `done` gets each as soon as it is through. The result as it is written to JSON."""
+    import onnxruntime
+
     soaked = Soak(scale, console)
     found = []
     for check in soaked.run():
         done(check)
         found.append(asdict(check) | {"ok": check.ok})
     where = environment(torch.device("cuda" if soaked.cuda else "cpu"))
-    names = [name for name in ("onnxruntime-gpu", "onnxruntime") if version(name) != "from a checkout"]
-    where |= {name: version(name) for name in names} | {"hot_path": native().how.split(",")[0]}
+    where |= {"onnxruntime": onnxruntime.__version__, "hot_path": native().how.split(",")[0]}
     limits = {"host_mib": HOST_LIMIT_MIB, "device_mib": DEVICE_LIMIT_MIB}
     return {"version": 1, "scale": scale, "limits": limits, "environment": where, "checks": found}
 

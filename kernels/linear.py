@@ -381,19 +381,19 @@ HOPPER: list[Row] = [
     ),
     (
         {"rows": 16, "depth": 768, "columns": 1024, "parts": 1},
-        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1, "SPLIT": 3, "CHAINS": 4},
+        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 1024, "num_warps": 4, "num_stages": 1, "CHAINS": 4},
     ),
     (
         {"rows": 16, "depth": 768, "columns": 4096, "parts": 1},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1, "SPLIT": 3, "CHAINS": 4},
+        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 1024, "num_warps": 4, "num_stages": 1, "CHAINS": 4},
     ),
     (
         {"rows": 16, "depth": 1024, "columns": 4096},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 1024, "num_warps": 8, "num_stages": 1, "CHAINS": 8},
+        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 1024, "num_warps": 4, "num_stages": 1, "CHAINS": 4},
     ),
     (
         {"rows": 16, "depth": 3072, "columns": 2048, "parts": 1},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 512, "num_warps": 4, "num_stages": 1, "SPLIT": 6, "CHAINS": 4},
+        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 1024, "num_warps": 4, "num_stages": 1, "SPLIT": 3, "CHAINS": 4},
     ),
     (
         {"rows": 16, "columns": 4096, "parts": 1},
@@ -409,11 +409,11 @@ HOPPER: list[Row] = [
     ),
     (
         {"rows": 256, "depth": 1024},
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
     ),
     (
         {"rows": 256, "columns": 2048, "parts": 1},
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4, "SPLIT": 4},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4, "SPLIT": 4},
     ),
     (
         {"rows": 256},
@@ -434,7 +434,7 @@ HOPPER: list[Row] = [
     ),
     (
         {"rows": 2048, "columns": 1024},
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 5},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
     ),
     (
         {"rows": 2048},
@@ -489,7 +489,7 @@ HOPPER: list[Row] = [
     ),
     (
         {"depth": 1024},
-        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "PER_SM": 2, "HALVES": 1},
+        {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3, "PER_SM": 1, "SPECIALIZE": 1},
     ),
     (
         {},
@@ -498,7 +498,7 @@ HOPPER: list[Row] = [
             "BLOCK_N": 256,
             "BLOCK_K": 64,
             "num_warps": 8,
-            "num_stages": 3,
+            "num_stages": 4,
             "PER_SM": 1,
             "HALVES": 1,
             "GROUP": 16,

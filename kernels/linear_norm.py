@@ -126,11 +126,11 @@ CONFIGS: list[Row] = [
 HOPPER: list[Row] = [
     (
         {"rows": 16, "depth": 768},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1, "SPLIT": 3, "CHAINS": 4},
+        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1, "SPLIT": 3, "CHAINS": 4},
     ),
     (
         {"rows": 16, "depth": 3072},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 512, "num_warps": 4, "num_stages": 1, "SPLIT": 6, "CHAINS": 4},
+        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 1024, "num_warps": 4, "num_stages": 1, "SPLIT": 3, "CHAINS": 4},
     ),
     (
         {"rows": 16},
@@ -138,11 +138,11 @@ HOPPER: list[Row] = [
     ),
     (
         {"rows": 256, "depth": 1024},
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3, "SPLIT": 2},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3, "SPLIT": 3},
     ),
     (
         {"rows": 256},
-        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4, "SPLIT": 6},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4, "SPLIT": 4},
     ),
     ({}, {"SPLIT": 0}),
 ]

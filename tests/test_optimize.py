@@ -71,7 +71,8 @@ def test_bert(device, interpreted, size, pad):
         assert_as_right(model, {"input_ids": inputs["input_ids"]})
     assert report.replaced == BERT
     assert not report.near_misses
-    assert not report.fallbacks
+    slower = {op: f"{op}: {op} in fp32 is slower than the vendor's" for op in ("linear", "linear_norm")}
+    assert set(report.fallbacks) == (set(slower.values()) if device == "cuda" else set())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -476,7 +477,9 @@ def test_kernels_are_really_launched(dtype):
         hidden(model, inputs)
     names = [event.name for event in profile.events()]
     assert names.count("attention_kernel") == 2
-    assert names.count("layer_norm_kernel") + names.count("sum_norm_kernel") == 5
+    joined = 0 if dtype == torch.float32 else 4  # with linear layers, which in fp32 are the vendor's
+    assert names.count("layer_norm_kernel") == 1
+    assert names.count("sum_norm_kernel") == joined
 
 
 @pytest.mark.gpu

@@ -101,7 +101,7 @@ for graph in (False, True):
     assert bool((abs(y - normal) < 1e-5).all()), y
 print("torch" in sys.modules)
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, check=False
     )
