@@ -10,7 +10,7 @@ demo: .venv/.done
 	$(BIN)/trimaran demo
 
 test: .venv/.done
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 test-slow: .venv/.done
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
