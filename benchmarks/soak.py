@@ -131,6 +131,7 @@ class Soak:
     def __init__(self, scale: float, console: Console) -> None:
         self.cuda, self.scale = torch.cuda.is_available(), scale
         self.content = model(self.cuda)
+        self.kept: list[Any] = []  # sessions that live as long as this
         self.progress = Progress(console=console, transient=True)
         self.feeds = [self.feed(index) for index in range(7)]
         with torch.no_grad():
@@ -255,6 +256,8 @@ class Soak:
 
     def asynchronous(self, check: Check, step: Callable[[], None]) -> None:
         session, done = self.session(), threading.Semaphore(0)
+        # A session that is dropped waits, holding the GIL, for its thread, which may need the GIL to leave `finished`.
+        self.kept.append(session)
 
         def finished(results: list[Any], turn: int, error: str) -> None:
             if error:

@@ -333,6 +333,9 @@ def test_a_half_precision_model_in_a_cpu_session() -> None:
     assert torch.allclose(torch.from_numpy(z).double(), exact, atol=5e-3)
 
 
+KEPT: list[Any] = []
+
+
 def test_run_async() -> None:
     x = torch.randn(3, 33)
     options = quiet()
@@ -345,6 +348,8 @@ def test_run_async() -> None:
         found.extend([results, error])
         done.set()
 
+    # A session that is dropped waits, holding the GIL, for its thread, and that may need the GIL to leave the callback.
+    KEPT.append(session)
     session.run_async(None, feeds({"x": x}), finished, None)
     assert done.wait(60)
     assert found[1] == ""
