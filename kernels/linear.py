@@ -488,8 +488,12 @@ HOPPER: list[Row] = [
         },
     ),
     (
-        {"depth": 1024},
+        {"depth": 1024, "parts": 1},
         {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3, "PER_SM": 1, "SPECIALIZE": 1},
+    ),
+    (
+        {"depth": 1024},
+        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "PER_SM": 2, "HALVES": 1},
     ),
     (
         {},
