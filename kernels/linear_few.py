@@ -12,14 +12,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
-    fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trimaran.kernels.activations import activated
+from trimaran.kernels.dependent import await_rest, begin
+from trimaran.kernels.linear_tiles import load_bias, tiles_of_all, weight_of_tile
 from trimaran.kernels.matmul import grouped
+
+# its name to Triton 3.8
+copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -30,7 +33,7 @@ def copy_rows(ptr, stride, rows, first, k, last, slot, ROWS: gl.constexpr):
     row = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, COPY)), rows - 1)
     column = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, COPY))
     at = ptr + row.to(gl.int64)[:, None] * stride + column[None, :]
-    async_copy.async_copy_global_to_shared(slot, at, mask=(row >= 0)[:, None] & (column < last)[None, :])
+    copy(slot, at, mask=(row >= 0)[:, None] & (column < last)[None, :])
 
 
 @gluon.jit
@@ -42,7 +45,7 @@ def copy_weight(ptr, stride, columns, first, k, last, slot, TRANSPOSE: gl.conste
         row = k + gl.arange(0, BLOCK_K, gl.SliceLayout(1, COPY))
         column = first + gl.arange(0, BLOCK_N, gl.SliceLayout(0, COPY))
         at = ptr + row.to(gl.int64)[:, None] * stride + column[None, :]
-        async_copy.async_copy_global_to_shared(slot, at, mask=(row < last)[:, None] & (column < columns)[None, :])
+        copy(slot, at, mask=(row < last)[:, None] & (column < columns)[None, :])
     else:
         copy_rows(ptr, stride, columns, first, k, last, slot, BLOCK_N)
 
@@ -74,26 +77,21 @@ def few_rows(
     if GATED:
         up_ring = gl.allocate_shared_memory(dtype, [STAGES, SHAPE[0], SHAPE[1]], WEIGHT)
     x_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], X)
-    if PDL:
-        gdc_launch_dependents()
-        if not EARLY:
-            gdc_wait()
+    begin(PDL, EARLY)
     for stage in gl.static_range(STAGES):
         k = first + stage * BLOCK_K
         copy_weight(weight_ptr, stride_weight, columns, column, k, last, ring.index(stage), TRANSPOSE, BLOCK_N)
         if GATED:
             copy_weight(up_ptr, stride_up, columns, column, k, last, up_ring.index(stage), TRANSPOSE, BLOCK_N)
-    if PDL and EARLY:
-        gdc_wait()
+    await_rest(PDL, EARLY)
     for stage in gl.static_range(STAGES):
         copy_rows(x_ptr, stride_x, rows, row, first + stage * BLOCK_K, last, x_ring.index(stage), BLOCK_M)
         async_copy.commit_group()
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
     up = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, ACC)
     if WHOLE:
-        async_copy.wait_group(0)
-        fence_async_shared()
         for stage in gl.static_range(STAGES):
+            async_copy.wait_group(STAGES - 1 - stage)
             x = x_ring.index(stage).permute((1, 0))
             acc = warpgroup_mma(as_left(ring.index(stage), TRANSPOSE), x, acc, is_async=True)
             if GATED:
@@ -106,7 +104,6 @@ def few_rows(
         for step in range(gl.cdiv(last - first, BLOCK_K)):
             slot = step % STAGES
             async_copy.wait_group(STAGES - 1)
-            fence_async_shared()
             x = x_ring.index(slot).permute((1, 0))
             acc = warpgroup_mma(as_left(ring.index(slot), TRANSPOSE), x, acc, is_async=True)
             if GATED:
@@ -158,24 +155,12 @@ def linear_few_kernel(
     BLOCK_K: gl.constexpr,
 ):
     # The grid is linear_kernel's: (cdiv(rows, BLOCK_M) * tiles of all weights, SPLIT).
-    tiles = gl.cdiv(columns, BLOCK_N)
-    tiles_1 = 0 if weight_1_ptr is None else gl.cdiv(columns_1, BLOCK_N)
-    tiles_2 = 0 if weight_2_ptr is None else gl.cdiv(columns_2, BLOCK_N)
-    tile_m, tile_n = grouped(gl.program_id(0), gl.cdiv(rows, BLOCK_M), tiles + tiles_1 + tiles_2, GROUP)
-    stride_weight = stride_weight.to(gl.int64)
-    part, start = 0, 0  # which weight, and the column of out where its own begin
-    if weight_2_ptr is not None:
-        if tile_n >= tiles + tiles_1:
-            weight_ptr, stride_weight = weight_2_ptr, stride_weight_2.to(gl.int64)
-            tile_n -= tiles + tiles_1
-            part, start = 2, columns + columns_1
-            columns = columns_2
-    if weight_1_ptr is not None:
-        if (tile_n >= tiles) & (part == 0):
-            weight_ptr, stride_weight = weight_1_ptr, stride_weight_1.to(gl.int64)
-            tile_n -= tiles
-            part, start = 1, columns
-            columns = columns_1
+    tiles_n = tiles_of_all(columns, columns_1, columns_2, BLOCK_N)
+    tile_m, tile_n = grouped(gl.program_id(0), gl.cdiv(rows, BLOCK_M), tiles_n, GROUP)
+    part, weight_ptr, stride_weight, columns, tile_n, start = weight_of_tile(
+        tile_n, weight_ptr, weight_1_ptr, weight_2_ptr, stride_weight, stride_weight_1, stride_weight_2, columns,
+        columns_1, columns_2, BLOCK_N,
+    )  # fmt: skip
     row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
     share = gl.cdiv(gl.cdiv(depth, BLOCK_K), SPLIT) * BLOCK_K
     first = gl.program_id(1) * share
@@ -193,15 +178,7 @@ def linear_few_kernel(
     if SPLIT > 1:
         gl.store(out_ptr + gl.program_id(1).to(gl.int64) * rows * width + at, out, mask=inside)
     else:
-        if bias_ptr is not None:
-            if part == 0:
-                out += gl.load(bias_ptr + n, mask=n < columns, other=0.0).to(gl.float32)[None, :]
-        if bias_1_ptr is not None:
-            if part == 1:
-                out += gl.load(bias_1_ptr + n, mask=n < columns, other=0.0).to(gl.float32)[None, :]
-        if bias_2_ptr is not None:
-            if part == 2:
-                out += gl.load(bias_2_ptr + n, mask=n < columns, other=0.0).to(gl.float32)[None, :]
+        out += load_bias(part, bias_ptr, bias_1_ptr, bias_2_ptr, n, columns)[None, :]
         out = activated(out, ACTIVATION, False)
         if residual_ptr is not None:
             residual_at = residual_ptr + m.to(gl.int64)[:, None] * stride_residual + (start + n)[None, :]

@@ -19,11 +19,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trimaran.kernels import layer_norm, rms_norm
-from trimaran.kernels import linear as linear_layer
-from trimaran.kernels.configs import Row, lookup
+from trimaran.kernels import layer_norm, linear_plan, rms_norm
 from trimaran.kernels.contract import (
     Attr,
     Device,
@@ -36,12 +33,15 @@ from trimaran.kernels.contract import (
     Tensor,
     expect_shape,
 )
-from trimaran.kernels.dependent import dependent
+from trimaran.kernels.dependent import begin, dependent
+from trimaran.kernels.linear_tiles import sum_parts
 from trimaran.kernels.matmul import check_device, check_vectors, left_to_vendor, weight_sizes
 from trimaran.kernels.rms_norm import scaled
 from trimaran.kernels.sizes import contiguous_strides, power_of_2, product
 
+JOINED_ROWS = 256
 JOINED_COLUMNS = 4096  # a row, times the parts, is held in registers
+SPLIT = 3  # parts of the depth where linear's table does not say
 
 
 @triton.jit
@@ -70,27 +70,14 @@ def sum_norm_kernel(
     inside = column < columns
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     # All that is read is asked for at once, and what is constant before the linear layer has ended.
-    if PDL:
-        gdc_launch_dependents()
-        if not EARLY:
-            gdc_wait()
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    begin(PDL, EARLY)
     if norm_weight_ptr is not None:
         norm_weight = tl.load(norm_weight_ptr + column, mask=inside, other=0.0)
     if norm_bias_ptr is not None:
         norm_bias = tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if PDL and EARLY:
-        gdc_wait()
+    total = sum_parts(parts_ptr, bias_ptr, row, column, rows, columns, SPLIT, PDL, EARLY, BLOCK)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0).to(tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(SPLIT):
-        total += tl.load(parts_ptr + (part * rows.to(tl.int64) + row) * columns + column, mask=inside, other=0.0)
-    if bias_ptr is not None:
-        total += bias
-    if residual_ptr is not None:
-        total += residual
+        total += tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0).to(tl.float32)
     total = total.to(dtype)
     if sum_ptr is not None:
         tl.store(sum_ptr + row * columns + column, total, mask=inside)
@@ -103,49 +90,6 @@ def sum_norm_kernel(
     if norm_bias_ptr is not None:
         y += norm_bias
     tl.store(y_ptr + row * columns + column, y.to(dtype), mask=inside)
-
-
-# Tiles of few rows, as linear's; SPLIT parts of the depth. Where it is 0 the two ops run one after the other.
-CONFIGS: list[Row] = [
-    (
-        {"rows": 16, "depth": 1024},
-        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3, "SPLIT": 3},
-    ),
-    (
-        {"rows": 16},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3, "SPLIT": 6},
-    ),
-    (
-        {"rows": 256},
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3, "SPLIT": 3},
-    ),
-    ({}, {"SPLIT": 0}),
-]
-
-# For compute capability 9.0 and half precision, measured on an H200 (Triton 3.6).
-HOPPER: list[Row] = [
-    (
-        {"rows": 16, "depth": 768},
-        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1, "SPLIT": 3, "CHAINS": 4},
-    ),
-    (
-        {"rows": 16, "depth": 3072},
-        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 1024, "num_warps": 4, "num_stages": 1, "SPLIT": 3, "CHAINS": 4},
-    ),
-    (
-        {"rows": 16},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3, "SPLIT": 6},
-    ),
-    (
-        {"rows": 256, "depth": 1024},
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3, "SPLIT": 3},
-    ),
-    (
-        {"rows": 256},
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4, "SPLIT": 4},
-    ),
-    ({}, {"SPLIT": 0}),
-]
 
 
 def infer(inputs: Any, attrs: Any) -> tuple[Tensor, Tensor]:
@@ -166,19 +110,18 @@ def infer(inputs: Any, attrs: Any) -> tuple[Tensor, Tensor]:
 
 def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     x, columns = inputs.x, outputs.y.shape[-1]
-    rows, depth = product(x.shape[:-1]), x.shape[-1]
+    rows = product(x.shape[:-1])
     check_device("linear_norm", device, rows)
     check_vectors(inputs, "bias", "norm_weight", "norm_bias")
-    table = HOPPER if device.capability == 90 and x.dtype != "float32" else CONFIGS
-    config = dict(lookup(table, rows=rows, depth=depth))
-    left_to_vendor("linear_norm", device, x.dtype, config)
-    split = config.pop("SPLIT")
-    if not split or columns > JOINED_COLUMNS:
+    left_to_vendor("linear_norm", device, x.dtype)
+    if rows > JOINED_ROWS or columns > JOINED_COLUMNS:
         return one_after_the_other(inputs, outputs, attrs, device)
+    product_inputs = linear_plan.bare(inputs)
+    config = linear_plan.config_of(product_inputs, columns, "none", device)
+    split = config.get("SPLIT", SPLIT)
     pdl = dependent(device)
     parts = Scratch("float32", rows * columns * split)
-    own = SimpleNamespace(activation="none", transpose_weight=attrs.transpose_weight)
-    multiply = linear_layer.tile_launch(linear_inputs(inputs), parts, None, own, config, device, split)
+    multiply = linear_plan.tile_launch(product_inputs, parts, "none", attrs.transpose_weight, config, device, split)
     finish = Launch(
         sum_norm_kernel,
         grid=(rows if columns > 0 else 0,),
@@ -186,7 +129,7 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
             "parts_ptr": parts,
             "bias_ptr": inputs.bias,
             "residual_ptr": inputs.residual,
-            "stride_residual": linear_layer.residual_rows(inputs.residual),
+            "stride_residual": linear_plan.residual_rows(inputs.residual),
             "norm_weight_ptr": inputs.norm_weight,
             "norm_bias_ptr": inputs.norm_bias,
             "y_ptr": outputs.y,
@@ -200,18 +143,12 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
             "CAST": attrs.cast,
             "SPLIT": split,
             "PDL": pdl,
-            "EARLY": pdl and all(map(linear_layer.constant, (inputs.bias, inputs.norm_weight, inputs.norm_bias))),
+            "EARLY": pdl and all(map(linear_plan.constant, (inputs.bias, inputs.norm_weight, inputs.norm_bias))),
             "BLOCK": power_of_2(columns),
         },
         options={"num_warps": 4 if columns <= 1024 else 8, "launch_pdl": pdl},
     )
     return [multiply, finish]
-
-
-def linear_inputs(inputs: Any) -> SimpleNamespace:
-    """The inputs of the linear layer as its own op names them."""
-    absent = dict.fromkeys(("weight_1", "bias_1", "weight_2", "bias_2"))
-    return SimpleNamespace(x=inputs.x, weight=inputs.weight, bias=inputs.bias, residual=inputs.residual, **absent)
 
 
 def one_after_the_other(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
@@ -220,7 +157,9 @@ def one_after_the_other(inputs: Any, outputs: Any, attrs: Any, device: Device) -
     total = outputs.sum or Tensor(dtype, shape, contiguous_strides(shape))
     place = outputs.sum or Scratch(dtype, product(shape))
     own = SimpleNamespace(activation="none", transpose_weight=attrs.transpose_weight)
-    first = linear_layer.launches(linear_inputs(inputs), place, shape[-1], own, device)
+    layer = linear_plan.bare(inputs)
+    layer.bias, layer.residual = inputs.bias, inputs.residual
+    first = linear_plan.launches(layer, place, shape[-1], own, device)
     norm_inputs = SimpleNamespace(x=total, weight=inputs.norm_weight, bias=inputs.norm_bias, residual=None)
     norm_outputs = SimpleNamespace(y=outputs.y, sum=None)
     norm = layer_norm if attrs.norm == "layer" else rms_norm
