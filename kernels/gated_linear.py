@@ -3,7 +3,8 @@
     out = activation(x Wg^T + bg) * (x Wu^T + bu)           SwiGLU with silu, GEGLU with gelu, and so on
 
 x: [.., K]; gate_weight, up_weight: [N, K], or [K, N] where `transpose_weight`; gate_bias, up_bias: [N]; out: [.., N].
-fp32, fp16 or bf16, all alike; accumulated and multiplied in fp32 (never TF32), rounded once.
+fp32, fp16 or bf16, all alike; accumulated and multiplied in fp32 (never TF32), rounded once. On a GPU the plan declines
+fp32.
 
 Without up_weight, gate_weight is both, [2N, K] (or [K, 2N]), and gate_bias [2N]: what a model splits by chunk(2).
 `gate` says which half is activated: "first" or "second".

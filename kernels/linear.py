@@ -3,7 +3,8 @@
     out = activation(x W^T + bias) + residual
 
 x: [.., K]; weight: [N, K], or [K, N] where `transpose_weight`; bias: [N]; residual, out: [.., N]. fp32, fp16 or bf16,
-all alike. Accumulated, and all of the above computed, in fp32 (never TF32), and rounded once, at the end.
+all alike. Accumulated, and all of the above computed, in fp32 (never TF32), and rounded once, at the end. fp32 inputs
+only run where kernels are interpreted: a GPU's plan declines them, since the vendor's library is faster there.
 
 With weight_1 [N1, K], and weight_2 [N2, K], each with its bias or without, `out` is [.., N + N1 + N2]: the results side
 by side, as if the weights were one. They stay where they are: a model's q, k and v layers need no merged copy.

@@ -4,11 +4,11 @@
     y   = norm(sum)                         layer_norm or rms_norm, over the last dimension
 
 x: [.., K]; weight: [N, K], or [K, N] where `transpose_weight`; bias, norm_weight, norm_bias: [N]; residual, y, sum:
-[.., N]. fp32, fp16 or bf16, all alike. Accumulated in fp32 (never TF32); `norm` is "layer", or "rms" with rms_norm's
-`cast` and without norm_bias. `sum` is written only where it is asked for.
+[.., N]. fp32, fp16 or bf16, all alike. Accumulated in fp32 (never TF32); a GPU's plan declines fp32. `norm` is "layer",
+or "rms" with rms_norm's `cast` and without norm_bias. `sum` is written only where it is asked for.
 
-For few rows the depth K is split over the GPU, and the kernel that adds the parts, in their order, does the rest: the
-norm costs no kernel of its own. For many rows the linear layer and the norm run one after the other.
+For few rows the product is left in fp32, in parts of the depth K where that is large, and the kernel that adds the
+parts, in their order, does the rest. For many rows the linear layer and the norm run one after the other.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from trimaran.kernels.sizes import contiguous_strides, power_of_2, product
 
 JOINED_ROWS = 256
 JOINED_COLUMNS = 4096  # a row, times the parts, is held in registers
-SPLIT = 3  # parts of the depth where linear's table does not say
+PARTS = 3  # of the depth, where linear's table does not say
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
         return one_after_the_other(inputs, outputs, attrs, device)
     product_inputs = linear_plan.bare(inputs)
     config = linear_plan.config_of(product_inputs, columns, "none", device)
-    split = config.get("SPLIT", SPLIT)
+    split = config.get("SPLIT", PARTS)
     pdl = dependent(device)
     parts = Scratch("float32", rows * columns * split)
     multiply = linear_plan.tile_launch(product_inputs, parts, "none", attrs.transpose_weight, config, device, split)

@@ -124,5 +124,5 @@ def whole_vectors(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether every row of these starts, and ends, on a whole vector: what is copied past the registers wants that."""
     sizes = [x.shape[-1], matrix_rows("x", x)]
     for weight in weights:
-        sizes += [weight.shape[1], weight_rows("weight", weight), weight.offset]
+        sizes += [weight.shape[1], weight.strides[0], weight.offset]
     return all(tensor.aligned for tensor in (x, *weights)) and all(bool(size % ALIGNMENT == 0) for size in sizes)

@@ -94,6 +94,7 @@ def bench_kernels(
 
 @app.command()
 def check_kernels(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops; all of them if none is named.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often each variant runs under load.")] = 100,
     sanitizer: Annotated[list[str] | None, typer.Option(help="memcheck, initcheck, synccheck or racecheck.")] = None,
 ) -> None:
@@ -110,10 +111,14 @@ def check_kernels(
         raise typer.Exit(2)
     failed = False
     with Progress(console=errors) as progress:
-        soundness.compile_all(progress)
+        try:
+            soundness.compile_all(progress, ops or ())
+        except ValueError as error:
+            errors.print(str(error), style="red", markup=False)
+            raise typer.Exit(2) from error
         for tool in sanitizer or []:
             try:
-                wrong, explained = soundness.sanitize(tool)
+                wrong, explained = soundness.sanitize(tool, ops or ())
             except (ValueError, OSError, RuntimeError) as error:
                 errors.print(str(error), style="red", markup=False)
                 raise typer.Exit(2) from error
@@ -121,7 +126,7 @@ def check_kernels(
             for place, count in wrong.items():
                 errors.print(f"FAILED: {tool}: {count} x {place}", style="red", markup=False)
             failed |= bool(wrong)
-        found = soundness.repeat(repeats, progress)
+        found = soundness.repeat(repeats, progress, ops or ())
     for name, count in found.items():
         if count:
             errors.print(f"FAILED: {name}: {count} of {repeats} runs differ", style="red", markup=False)
