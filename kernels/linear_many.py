@@ -1,9 +1,9 @@
 """Many rows times one weight, several, or a gated pair, on Hopper (compute capability 9.0), written in Gluon.
 
-What `linear_kernel` and `gated_linear_kernel` compute, in half precision. A program is a crew of three: one warp only
-fetches, blocks of x and of the weights, through tensor descriptors into a ring in shared memory; two consumers, four
-warps each, multiply. Either both share a tile, half of its rows each, or (PINGPONG) each has tiles of its own, so that
-one finishes a tile, with bias, activation, residual and its way to memory, while the other feeds the tensor cores.
+What `linear_kernel` and `gated_linear_kernel` compute, in half precision. A program is a crew: one warp fetches x, one
+the weights of each product, through tensor descriptors into rings in shared memory; two consumers, four warps each,
+multiply. Either both share a tile, half of its rows each, or (PINGPONG) each has tiles of its own, so that one finishes
+a tile, with bias, activation, residual and its way to memory, while the other feeds the tensor cores.
 
 A consumer sums two products side by side: BLOCK_N columns of a weight, and the REST_N columns after them (192 together
 spread some shapes over a GPU better than 256), or the same columns of gate and up. Programs are persistent: they take
@@ -30,7 +30,7 @@ fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 
 CONSUMERS = gl.constexpr(2)
 
-# The fetching warp waits until a slot of the ring is `empty`, a consumer until it is `full`. A barrier has a phase each
+# A fetching warp waits until a slot of the rings is `empty`, a consumer until it is `full`. A barrier has a phase each
 # time it completes, and is waited for by the phase's parity; the n-th use of a ring of STAGES slots is the
 # (n // STAGES)-th phase of slot n % STAGES. Parity tells a phase only from its neighbours, so consumers with tiles of
 # their own take `turns`: one waits for its first block when the other has seen its last.
@@ -44,82 +44,76 @@ def first_tile(before):
 
 
 @gluon.jit
-def weight_blocks(ptr, stride, columns, depth, ring, TRANSPOSE: gl.constexpr):
-    """The descriptor of a weight, in blocks as a slot of the ring holds them."""
-    if TRANSPOSE:
-        return tma.make_tensor_descriptor(
-            ptr, [depth, columns], [stride, 1], [ring.shape[1], ring.shape[2]], ring.layout
-        )
-    else:
-        return tma.make_tensor_descriptor(
-            ptr, [columns, depth], [stride, 1], [ring.shape[1], ring.shape[2]], ring.layout
-        )
-
-
-@gluon.jit
-def fetch_block(blocks, column, k, barrier, slot, TRANSPOSE: gl.constexpr):
-    if TRANSPOSE:
-        fetch(blocks, [k, column], barrier, slot)
-    else:
-        fetch(blocks, [column, k], barrier, slot)
-
-
-@gluon.jit
-def fetch_tiles(
-    x_blocks, weight, sizes, rings, barriers, before, fetched, TRANSPOSE: gl.constexpr, GATED: gl.constexpr,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr,
-):  # fmt: skip
-    """Fetch what the tiles of one weight need; the tiles, and the blocks, up to here."""
-    ptr, stride, rest_ptr, rest_stride, columns = weight
-    rows, depth = sizes
-    x_ring, ring, rest_ring = rings
-    full, empty, _turns = barriers
-    ROWS: gl.constexpr = x_ring.shape[1]
-    BLOCK_K: gl.constexpr = x_ring.shape[2]
-    REST_AT: gl.constexpr = 0 if GATED else BLOCK_N  # where the second product's columns begin, from the tile's on
-    TILE_N: gl.constexpr = BLOCK_N if GATED else BLOCK_N + REST_N
-    blocks = weight_blocks(ptr, stride, columns, depth, ring, TRANSPOSE)
-    nbytes: gl.constexpr = x_blocks.block_type.nbytes * (BLOCK_M // ROWS) + blocks.block_type.nbytes
-    rest_nbytes: gl.constexpr = blocks.block_type.nbytes // BLOCK_N * REST_N
-    if REST_N > 0:
-        rest_blocks = weight_blocks(rest_ptr, rest_stride, columns, depth, rest_ring, TRANSPOSE)
-    tiles_m, tiles_n = gl.cdiv(rows, BLOCK_M), gl.cdiv(columns, TILE_N)
-    for tile in range(first_tile(before), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = grouped(tile, tiles_m, tiles_n, GROUP)
-        row, column = tile_m * BLOCK_M, tile_n * TILE_N
-        for k in range(0, depth, BLOCK_K):
-            slot = fetched % STAGES
-            barrier = full.index(slot)
-            mbarrier.wait(empty.index(slot), fetched // STAGES & 1 ^ 1)
-            mbarrier.expect(barrier, nbytes + rest_nbytes)
-            for box in gl.static_range(BLOCK_M // ROWS):
-                fetch(x_blocks, [row + box * ROWS, k], barrier, x_ring.index(slot * (BLOCK_M // ROWS) + box))
-            fetch_block(blocks, column, k, barrier, ring.index(slot), TRANSPOSE)
-            if REST_N > 0:
-                fetch_block(rest_blocks, column + REST_AT, k, barrier, rest_ring.index(slot), TRANSPOSE)
-            fetched += 1
-    return before + tiles_m * tiles_n, fetched
-
-
-@gluon.jit
-def fetch_all(
+def fetch_x(
     given, PARTS: gl.constexpr, ACTIVATION: gl.constexpr, TRANSPOSE: gl.constexpr, GATED: gl.constexpr,
     PINGPONG: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     REST_N: gl.constexpr,
 ):  # fmt: skip
-    """The warp that only fetches."""
+    """The warp that fetches x, for the tiles of all weights."""
     x_ptr, stride_x, weights, _biases, _out, sizes, rings, barriers = given
     rows, depth = sizes
-    x_ring = rings[0]
-    x_blocks = tma.make_tensor_descriptor(
-        x_ptr, [rows, depth], [stride_x, 1], [x_ring.shape[1], x_ring.shape[2]], x_ring.layout
+    full, empty, _turns = barriers
+    ring = rings[0]
+    ROWS: gl.constexpr = ring.shape[1]
+    BOXES: gl.constexpr = BLOCK_M // ROWS
+    TILE_N: gl.constexpr = BLOCK_N if GATED else BLOCK_N + REST_N
+    blocks = tma.make_tensor_descriptor(
+        x_ptr, [rows, depth], [stride_x, 1], [ring.shape[1], ring.shape[2]], ring.layout
     )
+    tiles_m = gl.cdiv(rows, BLOCK_M)
     before, fetched = 0, 0
     for part in gl.static_range(PARTS):
-        before, fetched = fetch_tiles(
-            x_blocks, weights[part], sizes, rings, barriers, before, fetched, TRANSPOSE, GATED, GROUP, STAGES, BLOCK_M,
-            BLOCK_N, REST_N,
-        )  # fmt: skip
+        tiles_n = gl.cdiv(weights[part][4], TILE_N)
+        for tile in range(first_tile(before), tiles_m * tiles_n, gl.num_programs(0)):
+            tile_m, _tile_n = grouped(tile, tiles_m, tiles_n, GROUP)
+            for k in range(0, depth, ring.shape[2]):
+                slot = fetched % STAGES
+                mbarrier.wait(empty.index(slot), fetched // STAGES & 1 ^ 1)
+                mbarrier.expect(full.index(slot), blocks.block_type.nbytes * BOXES)
+                for box in gl.static_range(BOXES):
+                    row = tile_m * BLOCK_M + box * ROWS
+                    fetch(blocks, [row, k], full.index(slot), ring.index(slot * BOXES + box))
+                fetched += 1
+        before += tiles_m * tiles_n
+
+
+@gluon.jit
+def fetch_weights(
+    given, PARTS: gl.constexpr, ACTIVATION: gl.constexpr, TRANSPOSE: gl.constexpr, GATED: gl.constexpr,
+    PINGPONG: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    REST_N: gl.constexpr, PRODUCT: gl.constexpr,
+):  # fmt: skip
+    """The warp that fetches the weights of the first or of the second product."""
+    _x_ptr, _stride_x, weights, _biases, _out, sizes, rings, barriers = given
+    rows, depth = sizes
+    full, empty, _turns = barriers
+    ring = rings[1 + PRODUCT]
+    BLOCK_K: gl.constexpr = rings[0].shape[2]
+    TILE_N: gl.constexpr = BLOCK_N if GATED else BLOCK_N + REST_N
+    SKIPPED: gl.constexpr = BLOCK_N if PRODUCT == 1 and not GATED else 0  # columns of a tile before this product's
+    tiles_m = gl.cdiv(rows, BLOCK_M)
+    before, fetched = 0, 0
+    for part in gl.static_range(PARTS):
+        ptr, stride, columns = weights[part][2 * PRODUCT], weights[part][2 * PRODUCT + 1], weights[part][4]
+        if TRANSPOSE:
+            shape = [depth, columns]
+        else:
+            shape = [columns, depth]
+        blocks = tma.make_tensor_descriptor(ptr, shape, [stride, 1], [ring.shape[1], ring.shape[2]], ring.layout)
+        tiles_n = gl.cdiv(columns, TILE_N)
+        for tile in range(first_tile(before), tiles_m * tiles_n, gl.num_programs(0)):
+            _tile_m, tile_n = grouped(tile, tiles_m, tiles_n, GROUP)
+            column = tile_n * TILE_N + SKIPPED
+            for k in range(0, depth, BLOCK_K):
+                slot = fetched % STAGES
+                mbarrier.wait(empty.index(slot), fetched // STAGES & 1 ^ 1)
+                mbarrier.expect(full.index(slot), blocks.block_type.nbytes)
+                if TRANSPOSE:
+                    fetch(blocks, [k, column], full.index(slot), ring.index(slot))
+                else:
+                    fetch(blocks, [column, k], full.index(slot), ring.index(slot))
+                fetched += 1
+        before += tiles_m * tiles_n
 
 
 @gluon.jit
@@ -269,28 +263,61 @@ def crew(
     for consumer in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(consumer), count=1)
     for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(full.index(slot), count=3 if REST_N > 0 else 2)  # warps that fetch
         mbarrier.init(empty.index(slot), count=1 if PINGPONG else CONSUMERS)
     fence_async_shared()
     given = (x_ptr, stride_x, weights, biases, out, (rows, depth), (x_ring, ring, rest_ring), (full, empty, turns))
-    gl.warp_specialize(
-        [
-            (
-                multiply_all,
-                (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0),
-            ),
-            (
-                multiply_all,
-                (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 1),
-            ),
-            (
-                fetch_all,
-                (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N),
-            ),
-        ],
-        [4, 1],  # warps of all but the first, which has the kernel's own four
-        [240, 24],  # and their registers a thread
-    )
+    # Descriptors are made by the warps that use them, each its own: made one after the other they take microseconds.
+    if REST_N > 0:
+        gl.warp_specialize(
+            [
+                (
+                    multiply_all,
+                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0),
+                ),
+                (
+                    multiply_all,
+                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 1),
+                ),
+                (
+                    fetch_x,
+                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N),
+                ),
+                (
+                    fetch_weights,
+                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0),
+                ),
+                (
+                    fetch_weights,
+                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 1),
+                ),
+            ],
+            [4, 1, 1, 1],  # warps of all but the first, which has the kernel's own four
+            [240, 24, 24, 24],  # and their registers a thread
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    multiply_all,
+                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0),
+                ),
+                (
+                    multiply_all,
+                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 1),
+                ),
+                (
+                    fetch_x,
+                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N),
+                ),
+                (
+                    fetch_weights,
+                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0),
+                ),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )
 
 
 @gluon.jit

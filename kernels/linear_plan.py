@@ -48,10 +48,12 @@ HOPPER: list[Row] = [
     ({"depth": 4096, "tiles_16": 33, "weights": 1}, few(16, 256, 4, split=4)),
     ({"tiles_16": 33, "weights": 1}, few(16, 128, 5, split=8)),
     ({"rows": 16}, few(16, 128, 6)),
-    ({"depth": 4096, "tiles_64": 33, "weights": 1}, few(64, 128, 3, split=8)),
+    ({"depth": 3072, "tiles_32": 33, "weights": 1}, few(32, 256, 3, split=4)),
+    ({"depth": 4096, "tiles_64": 33, "weights": 1}, few(64, 128, 6, split=4)),
+    ({"depth": 4096, "tiles_64": 66, "weights": 1}, few(64, 128, 3, split=4)),
     ({"rows": 256}, few(64, 128, 3)),
-    ({"rows": 1024, "columns": 1024}, many(128, 0, 6, by_turns=False)),
-    ({}, many(128, 64, 5, by_turns=True)),
+    ({"after": 1, "columns": 1024}, many(128, 64, 5, by_turns=False)),
+    ({}, many(128, 0, 6, by_turns=True)),
 ]
 
 

@@ -121,8 +121,10 @@ def left_to_vendor(op: str, device: Device, dtype: str, config: Mapping[str, int
 
 
 def whole_vectors(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether every row of these starts, and ends, on a whole vector: what is copied past the registers wants that."""
-    sizes = [x.shape[-1], matrix_rows("x", x)]
+    """Whether there is something to copy, and every row starts, and ends, on a whole vector: what is copied past the
+    registers wants that."""
+    steps = [x.shape[-1], matrix_rows("x", x)]
     for weight in weights:
-        sizes += [weight.shape[1], weight.strides[0], weight.offset]
-    return all(tensor.aligned for tensor in (x, *weights)) and all(bool(size % ALIGNMENT == 0) for size in sizes)
+        steps += [weight.shape[1], weight.strides[0], weight.offset]
+    there = all(tensor.aligned and bool(size > 0) for tensor in (x, *weights) for size in tensor.shape[-2:])
+    return there and all(bool(step % ALIGNMENT == 0) for step in steps)
