@@ -112,7 +112,8 @@ def gated_linear_kernel(
 # one without of gated_linear_few_kernel.
 HOPPER: list[Row] = [
     ({"rows": 16}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "STAGES": 4}),
-    ({"rows": 256}, {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "STAGES": 4}),
+    ({"rows": 256}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 4, "PINGPONG": 0, "GROUP": 16}),
+    ({"rows": 2048}, {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "STAGES": 6, "PINGPONG": 1, "GROUP": 16}),
     ({}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 4, "PINGPONG": 0, "GROUP": 16}),
 ]
 

@@ -43,7 +43,7 @@ def infer(inputs: Any, attrs: Any) -> tuple[Tensor]:
 
 def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     width = outputs.out.shape[-1]
-    found = launches(inputs, outputs.out, width, attrs, device)
+    found = launches(inputs, outputs.out, width, attrs, device)  # or Decline for what no kernel takes
     left_to_vendor("linear", device, inputs.x.dtype, config_of(inputs, width, attrs.activation, device))
     return found
 

@@ -27,13 +27,14 @@ copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_cop
 
 @gluon.jit
 def copy_rows(ptr, stride, rows, first, k, last, slot, ROWS: gl.constexpr):
-    """Ask for [ROWS, BLOCK_K] of rows that step by stride, from row `first` and column k on; zero from `last` on."""
+    """Ask for [ROWS, BLOCK_K] of rows that step by stride, from row `first` and column k on; zero from `last` on, and
+    beyond the rows (to read the last one instead, again and again, makes one slice of the L2 the bottleneck)."""
     BLOCK_K: gl.constexpr = slot.shape[1]
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [gl.num_warps(), 1], [1, 0])
-    row = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, COPY)), rows - 1)
+    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
     column = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, COPY))
     at = ptr + row.to(gl.int64)[:, None] * stride + column[None, :]
-    copy(slot, at, mask=(row >= 0)[:, None] & (column < last)[None, :])
+    copy(slot, at, mask=(row < rows)[:, None] & (column < last)[None, :])
 
 
 @gluon.jit

@@ -45,9 +45,8 @@ def first_tile(before):
 
 @gluon.jit
 def fetch_x(
-    given, PARTS: gl.constexpr, ACTIVATION: gl.constexpr, TRANSPOSE: gl.constexpr, GATED: gl.constexpr,
-    PINGPONG: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    REST_N: gl.constexpr,
+    given, PARTS: gl.constexpr, GATED: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, REST_N: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches x, for the tiles of all weights."""
     x_ptr, stride_x, weights, _biases, _out, sizes, rings, barriers = given
@@ -79,11 +78,10 @@ def fetch_x(
 
 @gluon.jit
 def fetch_weights(
-    given, PARTS: gl.constexpr, ACTIVATION: gl.constexpr, TRANSPOSE: gl.constexpr, GATED: gl.constexpr,
-    PINGPONG: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    REST_N: gl.constexpr, PRODUCT: gl.constexpr,
+    given, PARTS: gl.constexpr, TRANSPOSE: gl.constexpr, GATED: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr, PRODUCT: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches the weights of the first or of the second product."""
+    """The warp that fetches the weights of the first or of the second product, where there is one."""
     _x_ptr, _stride_x, weights, _biases, _out, sizes, rings, barriers = given
     rows, depth = sizes
     full, empty, _turns = barriers
@@ -93,7 +91,7 @@ def fetch_weights(
     SKIPPED: gl.constexpr = BLOCK_N if PRODUCT == 1 and not GATED else 0  # columns of a tile before this product's
     tiles_m = gl.cdiv(rows, BLOCK_M)
     before, fetched = 0, 0
-    for part in gl.static_range(PARTS):
+    for part in gl.static_range(0 if PRODUCT == 1 and REST_N == 0 else PARTS):
         ptr, stride, columns = weights[part][2 * PRODUCT], weights[part][2 * PRODUCT + 1], weights[part][4]
         if TRANSPOSE:
             shape = [depth, columns]
@@ -268,56 +266,23 @@ def crew(
     fence_async_shared()
     given = (x_ptr, stride_x, weights, biases, out, (rows, depth), (x_ring, ring, rest_ring), (full, empty, turns))
     # Descriptors are made by the warps that use them, each its own: made one after the other they take microseconds.
-    if REST_N > 0:
-        gl.warp_specialize(
-            [
-                (
-                    multiply_all,
-                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0),
-                ),
-                (
-                    multiply_all,
-                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 1),
-                ),
-                (
-                    fetch_x,
-                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N),
-                ),
-                (
-                    fetch_weights,
-                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0),
-                ),
-                (
-                    fetch_weights,
-                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 1),
-                ),
-            ],
-            [4, 1, 1, 1],  # warps of all but the first, which has the kernel's own four
-            [240, 24, 24, 24],  # and their registers a thread
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    multiply_all,
-                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0),
-                ),
-                (
-                    multiply_all,
-                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 1),
-                ),
-                (
-                    fetch_x,
-                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N),
-                ),
-                (
-                    fetch_weights,
-                    (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0),
-                ),
-            ],
-            [4, 1, 1],
-            [240, 24, 24],
-        )
+    gl.warp_specialize(
+        [
+            (
+                multiply_all,
+                (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0),
+            ),
+            (
+                multiply_all,
+                (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 1),
+            ),
+            (fetch_x, (given, PARTS, GATED, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N)),
+            (fetch_weights, (given, PARTS, TRANSPOSE, GATED, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0)),
+            (fetch_weights, (given, PARTS, TRANSPOSE, GATED, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 1)),
+        ],
+        [4, 1, 1, 1],  # warps of all but the first, which has the kernel's own four
+        [240, 24, 24, 24],  # and their registers a thread
+    )
 
 
 @gluon.jit

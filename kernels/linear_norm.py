@@ -114,10 +114,10 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     check_device("linear_norm", device, rows)
     check_vectors(inputs, "bias", "norm_weight", "norm_bias")
     left_to_vendor("linear_norm", device, x.dtype)
-    if rows > JOINED_ROWS or columns > JOINED_COLUMNS:
-        return one_after_the_other(inputs, outputs, attrs, device)
     product_inputs = linear_plan.bare(inputs)
     config = linear_plan.config_of(product_inputs, columns, "none", device)
+    if rows > JOINED_ROWS or columns > JOINED_COLUMNS or "PINGPONG" in config:
+        return one_after_the_other(inputs, outputs, attrs, device)
     split = config.get("SPLIT", PARTS)
     pdl = dependent(device)
     parts = Scratch("float32", rows * columns * split)

@@ -19,7 +19,7 @@ from trimaran.kernels.linear_few import linear_few_kernel
 from trimaran.kernels.linear_many import linear_many_kernel
 from trimaran.kernels.linear_tiles import linear_kernel, sum_kernel
 from trimaran.kernels.matmul import CONFIGS, check_device, check_vectors, matrix_rows, weight_rows, whole_vectors
-from trimaran.kernels.sizes import cdiv, minimum, product
+from trimaran.kernels.sizes import cdiv, maximum, minimum, product
 
 SUM_BLOCK = 256  # columns that a program of sum_kernel takes
 PARTS = ("", "_1", "_2")  # of the names of weights and biases
@@ -30,14 +30,21 @@ def few(block_m: int, block_k: int, stages: int, split: int = 1) -> Mapping[str,
     return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": block_k, "STAGES": stages, "SPLIT": split}
 
 
-def many(block_n: int, rest_n: int, stages: int, by_turns: bool) -> Mapping[str, int]:
-    """A row for linear_many_kernel: tiles of 128 rows and block_n + rest_n columns."""
-    tile = {"BLOCK_M": 128, "BLOCK_N": block_n, "REST_N": rest_n, "BLOCK_K": 64}
+def many(block_m: int, rest_n: int, stages: int, by_turns: bool) -> Mapping[str, int]:
+    """A row for linear_many_kernel: tiles of 128 + rest_n columns."""
+    tile = {"BLOCK_M": block_m, "BLOCK_N": 128, "REST_N": rest_n, "BLOCK_K": 64}
     return {**tile, "STAGES": stages, "PINGPONG": int(by_turns)}
+
+
+def declined(config: Mapping[str, int]) -> Mapping[str, int]:
+    """A row where the vendor's library is faster: linear leaves it, linear_norm takes this."""
+    return {**config, "DECLINE": 1}
 
 
 # On Hopper, in half precision, measured on an H200 (132 multiprocessors, Triton 3.6). tiles_16: how many tiles of 16
 # rows and 64 columns there are, and so on: the smallest tiles that have a multiprocessor each are done soonest.
+# waste_128_192: percent of what the GPU could compute in as many waves of such tiles as it takes, and does not. after:
+# 0 where nothing follows the bias, 1 where a residual does, 2 where an activation does.
 HOPPER: list[Row] = [
     ({"depth": 768, "tiles_16": 132}, few(16, 256, 3)),
     ({"depth": 768, "tiles_32": 132}, few(32, 256, 3)),
@@ -51,8 +58,16 @@ HOPPER: list[Row] = [
     ({"depth": 3072, "tiles_32": 33, "weights": 1}, few(32, 256, 3, split=4)),
     ({"depth": 4096, "tiles_64": 33, "weights": 1}, few(64, 128, 6, split=4)),
     ({"depth": 4096, "tiles_64": 66, "weights": 1}, few(64, 128, 3, split=4)),
-    ({"rows": 256}, few(64, 128, 3)),
-    ({"after": 1, "columns": 1024}, many(128, 64, 5, by_turns=False)),
+    ({"rows": 64, "tiles_64": 33, "weights": 1}, few(64, 128, 6, split=4)),
+    ({"rows": 64}, few(64, 128, 6)),
+    ({"after": 0, "weights": 1}, declined(many(128, 0, 6, by_turns=True))),
+    ({"rows": 256, "depth": 1024, "tiles_64": 264}, few(64, 128, 3)),
+    ({"rows": 1024, "depth": 1024}, many(64, 0, 6, by_turns=True)),
+    ({"rows": 1024, "after": 1, "weights": 1}, declined(many(64, 0, 6, by_turns=True))),
+    ({"after": 1, "weights": 1, "waste_128_192": 5}, many(128, 64, 5, by_turns=False)),
+    ({"after": 1, "weights": 1, "waste_64_192": 5, "rows": 2048}, many(64, 64, 6, by_turns=True)),
+    ({"after": 1, "weights": 1, "waste_128_128": 6, "depth": 4096}, many(128, 0, 6, by_turns=True)),
+    ({"after": 1, "weights": 1}, declined(many(128, 64, 5, by_turns=False))),
     ({}, many(128, 0, 6, by_turns=True)),
 ]
 
@@ -70,9 +85,16 @@ def config_of(inputs: Any, width: Any, activation: str, device: Device) -> Mappi
     facts = {"rows": rows, "columns": width, "depth": x.shape[-1], "weights": len(weights)}
     if device.capability != 90 or x.dtype == "float32" or not whole_vectors(x, weights):
         return lookup(CONFIGS, products=1, **facts)
-    tiles = {f"tiles_{block}": cdiv(rows, block) * cdiv(width, 64) for block in (16, 32, 64)}
     after = 2 if activation != "none" else int(inputs.residual is not None)
-    return lookup(HOPPER, after=after, **facts, **tiles)
+    tiles = {f"tiles_{block}": cdiv(rows, block) * cdiv(width, 64) for block in (16, 32, 64)}
+    waste = {f"waste_{m}_{n}": wasted(rows, width, m, n, device) for m, n in ((128, 192), (64, 192), (128, 128))}
+    return lookup(HOPPER, after=after, **facts, **tiles, **waste)
+
+
+def wasted(rows: Any, columns: Any, block_m: int, block_n: int, device: Device) -> Any:
+    """Percent of the waves of such tiles that compute nothing."""
+    waves = cdiv(cdiv(rows, block_m) * cdiv(columns, block_n), device.sm_count)
+    return 100 - rows * columns * 100 // maximum(waves * (device.sm_count * block_m * block_n), 1)
 
 
 def launches(inputs: Any, out: Tensor | Scratch, width: Any, attrs: Any, device: Device) -> list[Launch]:
