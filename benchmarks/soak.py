@@ -1,8 +1,9 @@
 """`trimaran soak`: the custom ops of ONNX Runtime over many runs, threads and sessions.
 
 Each check counts what went wrong and looks at memory: after a warm-up of a tenth of its runs neither that of the
-process nor that of the device may grow by more than a bound. Kernels are deterministic, so a result is right where it
-has the same bits as the first one for its input, which is held against the reference.
+process nor what it has of the device may grow by more than a bound. Where the driver does not tell this process from
+others on the device it is what all of them have, and the result says so. Kernels are deterministic, so a result is
+right where it has the same bits as the first one for its input, which is held against the reference.
 
 On a GPU a node of layer_norm and one of attention are soaked; on a CPU, where a kernel is interpreted in tens of
 milliseconds, an addition that is declared here.
@@ -29,6 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from trimaran.benchmarks.machine import environment
+from trimaran.benchmarks.memory import Growth, of_device
 from trimaran.kernels.contract import expect_shape
 from trimaran.kernels.interpreter import interpret
 from trimaran.kernels.layer_norm import layer_norm_reference
@@ -193,14 +195,14 @@ class Soak:
             for name, full, action in checks:
                 check = Check(name, self.count(full))
                 start, task = time.perf_counter(), self.progress.add_task(name, total=check.runs)
-                meter = Memory(self.cuda, check)
+                growth = Growth(self.cuda, after=max(1, check.runs // 10))
 
-                def step(task: Any = task, meter: Memory = meter) -> None:
+                def step(task: Any = task, growth: Growth = growth) -> None:
                     self.progress.advance(task)
-                    meter.step()
+                    growth.step()
 
                 action(check, step)
-                meter.close()
+                check.host_mib, check.device_mib = growth.total()
                 check.seconds = time.perf_counter() - start
                 yield check
 
@@ -294,35 +296,6 @@ class Soak:
         check.notes.append(f"{run.graphs} graphs")
 
 
-class Memory:
-    """Growth of the process and of what is taken of the device, from a tenth of a check's runs to its end."""
-
-    def __init__(self, cuda: bool, check: Check) -> None:
-        self.cuda, self.check = cuda, check
-        self.start = max(1, check.runs // 10)
-        self.steps = 0
-        self.before: tuple[float, float] | None = None
-        self.lock = threading.Lock()
-
-    def step(self) -> None:
-        with self.lock:
-            self.steps += 1
-            if self.steps == self.start:
-                self.before = self.now()
-
-    def close(self) -> None:
-        assert self.before is not None
-        host, device = self.now()
-        self.check.host_mib, self.check.device_mib = host - self.before[0], device - self.before[1]
-
-    def now(self) -> tuple[float, float]:
-        """MiB of this process in memory, and taken of the device."""
-        gc.collect()
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-        free, total = torch.cuda.mem_get_info() if self.cuda else (0, 0)
-        return resident / 2**20, (total - free) / 2**20
-
-
 def table_misses() -> int:
     """How often C has asked Python for a plan, over all kernels there are."""
     tables = {id(kernel.table): kernel.table.misses for kernel in KERNELS.values() if hasattr(kernel, "table")}
@@ -341,6 +314,7 @@ def soak(scale: float, console: Console, done: Callable[[Check], None]) -> dict[
     where = environment(torch.device("cuda" if soaked.cuda else "cpu"))
     where |= {"onnxruntime": onnxruntime.__version__, "hot_path": native().how.split(",")[0]}
     limits = {"host_mib": HOST_LIMIT_MIB, "device_mib": DEVICE_LIMIT_MIB}
+    where |= {"device_memory_of": of_device()[1] if soaked.cuda else ""}
     return {"version": 1, "scale": scale, "limits": limits, "environment": where, "checks": found}
 
 

@@ -20,9 +20,11 @@ import torch
 from onnx import TensorProto, helper
 from test_ort_ops import CPU, CUDA, quiet
 
+from trimaran.benchmarks import replay
 from trimaran.ort_ops import dlpack
 from trimaran.ort_ops.runner import Runner
 from trimaran.ort_ops.session import ort_session
+from trimaran.ort_ops.tensors import library_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ELEMENT = {
@@ -117,7 +119,7 @@ def addresses_bound(run: Runner, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     before = run._binding
 
     def binding(memories: Any) -> Any:
-        found.extend(memory.address for memory in memories.values())
+        found.extend(memory.address for memory in memories)
         return before(memories)
 
     monkeypatch.setattr(run, "_binding", binding)
@@ -129,13 +131,13 @@ def test_nothing_is_copied(library: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     run = runner(identity("float32"))
     bound = addresses_bound(run, monkeypatch)
     made: list[int] = []
-    results = run._results
-    monkeypatch.setattr(run, "_results", lambda values: made.append(values[0].data_ptr()) or results(values))
+    tensor = library_of(type(library.zeros(1))).tensor
+    monkeypatch.setattr(library_of(type(library.zeros(1))), "tensor", lambda m: made.append(m.address) or tensor(m))
     x = library.ones((64, 64), dtype=library.float32)
     y = run({"x": x})["y"]
     address = (lambda t: t.data_ptr()) if library is torch else (lambda t: t.ctypes.data)
     assert bound == [address(x)]
-    assert made == [address(y)]
+    assert made[0] == address(y)
 
 
 def test_what_is_not_contiguous_is_made_so() -> None:
@@ -169,7 +171,7 @@ def test_results_of_two_calls_are_apart() -> None:
 
 def test_a_capsule_that_nobody_takes_gives_its_memory_back() -> None:
     before = len(dlpack._LIVE)
-    capsule = dlpack._Shared(dlpack.memory_of(torch.zeros(3))).__dlpack__()
+    capsule = dlpack.Shared(dlpack.read(torch.zeros(3))[0]).__dlpack__()
     assert len(dlpack._LIVE) == before + 1
     del capsule
     assert len(dlpack._LIVE) == before
@@ -380,18 +382,19 @@ def test_outputs_may_be_the_graphs_own_memory() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other workers take the host's time")
 def test_host_time_of_a_replay() -> None:
-    """Of a graph that is done at once, where outputs are not copied: 104 us on an H200's host; 60 us is the aim."""
-    run = Runner(ort_session(sums(), [CUDA], cuda_graph=True, session_options=quiet()), copy_outputs=False)
-    inputs = {"a": torch.ones(3, 4, device="cuda"), "b": torch.ones(4, device="cuda")}
-    for _ in range(50):
-        run(inputs)
-    times = []
-    for _ in range(300):
-        start = time.perf_counter()
-        run(inputs)
-        times.append(time.perf_counter() - start)
-    median = sorted(times)[len(times) // 2]
-    print(f"replay: {median * 1e6:.1f} us of host time")
-    assert median < 200e-6
+    """What reading the inputs and making the outputs adds to ONNX Runtime's own replay. The best of many calls, which
+    other work on the machine does not lengthen; `trimaran bench-nodes` measures the time itself."""
+    inputs = {name: torch.ones(128, 768, device="cuda", dtype=torch.half) for name in ("x", "residual")}
+
+    def best(kind: str) -> float:
+        run, times = replay.prepared(kind, inputs), []
+        for _ in range(1000):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    bare = best("bare")
+    assert best("own") - bare < 60e-6
+    assert best("copied") - bare < 60e-6
