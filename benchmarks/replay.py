@@ -95,13 +95,12 @@ def bound(session: Any, inputs: dict[str, torch.Tensor], outputs: list[str]) -> 
     """A run over memory that stays where it is; outputs are as the first input is. ONNX Runtime returns when the device
     is done."""
     first = next(iter(inputs.values()))
-    place, element = (first.device.type, first.device.index or 0), ELEMENT_TYPE[str(first.dtype).removeprefix("torch.")]
     written = {name: torch.full_like(first, float("nan")) for name in outputs}
-    binding = session.io_binding()
-    for name, tensor in inputs.items():
-        binding.bind_input(name, *place, element, list(tensor.shape), tensor.data_ptr())
-    for name, tensor in written.items():
-        binding.bind_output(name, *place, element, list(tensor.shape), tensor.data_ptr())
+    binding, place = session.io_binding(), (first.device.type, first.device.index or 0)
+    for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, written)):
+        for name, tensor in tensors.items():
+            element = ELEMENT_TYPE[str(tensor.dtype).removeprefix("torch.")]
+            bind(name, *place, element, list(tensor.shape), tensor.data_ptr())
     if first.device.type == "cuda":
         torch.cuda.synchronize()
 

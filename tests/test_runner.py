@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +13,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from test_ort_ops import CPU, CUDA, quiet
+from ort import CPU, CUDA, hammered, python, quiet
 
 from trimaran.benchmarks import replay
 from trimaran.ort_ops import dlpack
@@ -26,7 +21,6 @@ from trimaran.ort_ops.runner import Runner
 from trimaran.ort_ops.session import ort_session
 from trimaran.ort_ops.tensors import library_of
 
-ROOT = Path(__file__).resolve().parents[1]
 ELEMENT = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
@@ -221,24 +215,6 @@ def test_a_model_without_inputs() -> None:
     assert runner(net([constant], {}, {"y": "float32"}))({})["y"].tolist() == [1, 2]
 
 
-def hammered(run: Callable[[int], bool], threads: int, times: int) -> list[Any]:
-    """What went wrong in `threads` threads that each call `run` so many times."""
-    wrong: list[Any] = []
-
-    def work(seed: int) -> None:
-        try:
-            wrong.extend(seed for turn in range(times) if not run(100 * seed + turn))
-        except Exception as error:
-            wrong.append(error)
-
-    started = [threading.Thread(target=work, args=(seed,)) for seed in range(threads)]
-    for thread in started:
-        thread.start()
-    for thread in started:
-        thread.join()
-    return wrong
-
-
 @pytest.mark.parametrize(
     ("device", "graph"),
     [
@@ -247,17 +223,18 @@ def hammered(run: Callable[[int], bool], threads: int, times: int) -> list[Any]:
         pytest.param("cuda", True, marks=pytest.mark.gpu),
     ],
 )
-def test_many_threads_on_one_runner(device: str, graph: bool) -> None:
-    run = runner(sums(), device, cuda_graph=graph)
+def test_many_threads_on_two_runners_of_one_session(device: str, graph: bool) -> None:
+    first = runner(sums(), device, cuda_graph=graph)
+    runners = [first, Runner(first.session)]
 
     def right(seed: int) -> bool:
         a = torch.full((1 + seed % 3, 4), float(seed), device=device)
-        return torch.equal(run({"a": a, "b": torch.ones(4, device=device)})["total"], a + 1)
+        return torch.equal(runners[seed % 2]({"a": a, "b": torch.ones(4, device=device)})["total"], a + 1)
 
     assert hammered(right, threads=8, times=25) == []
 
 
-def test_exit_with_live_outputs() -> None:
+def test_exit_with_live_outputs(tmp_path: Path) -> None:
     code = f"""
 import torch, sys
 from trimaran.ort_ops.runner import Runner
@@ -265,11 +242,7 @@ from trimaran.ort_ops.session import ort_session
 sys.kept = Runner(ort_session({identity("float32")!r}, ["CPUExecutionProvider"]))({{"x": torch.ones(3)}})
 print(sys.kept["y"].sum().item())
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "3.0\n", "")
+    assert python(code, tmp_path) == "3.0\n"
 
 
 def test_graphs_take_cuda() -> None:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from onnx import TensorProto
-from test_ort_ops import CPU, CUDA, PROVIDERS, bound_run, graph_model, node, quiet
+from ort import CPU, CUDA, PROVIDERS, bound_run, graph_model, node, quiet
 
 from trimaran.kernels.interpreter import interpret
 from trimaran.kernels.sizes import cdiv, product
