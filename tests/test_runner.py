@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +19,7 @@ from ort import CPU, CUDA, hammered, python, quiet
 
 from trimaran.benchmarks import replay
 from trimaran.ort_ops import dlpack
+from trimaran.ort_ops import runner as runner_module
 from trimaran.ort_ops.runner import Runner
 from trimaran.ort_ops.session import ort_session
 from trimaran.ort_ops.tensors import library_of
@@ -142,6 +145,63 @@ def test_what_is_not_contiguous_is_made_so() -> None:
     assert np.array_equal(run({"x": x.numpy().T})["y"], x.numpy().T)
 
 
+class Mine(torch.Tensor):
+    """Of a module that is no library."""
+
+
+class Foreign:
+    """Of a library of which nothing is known but that it speaks DLPack."""
+
+    __module__ = "foreign"
+
+    def __init__(self, array: Any) -> None:
+        self.array, self.dtype, self.device = array, array.dtype, "here"
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.array.__dlpack__()
+
+
+@pytest.fixture(autouse=True)
+def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library: two functions."""
+    library = SimpleNamespace(__name__="foreign", ascontiguousarray=lambda x: Foreign(np.ascontiguousarray(x.array)))
+    library.from_dlpack = lambda shared: Foreign(torch.from_dlpack(shared).numpy())
+    monkeypatch.setitem(sys.modules, "foreign", library)
+
+
+def test_what_else_is_a_tensor() -> None:
+    run = runner(identity("float32"))
+    x = torch.arange(12.0).reshape(3, 4)
+    parameter = torch.nn.Parameter(x, requires_grad=False)
+    for given in (
+        parameter,
+        x.as_subclass(Mine),
+        torch._neg_view(x),
+        x.contiguous(memory_format=torch.preserve_format),
+    ):
+        y = run({"x": given})["y"]
+        assert isinstance(y, torch.Tensor)
+        assert torch.equal(y, given)
+    for given in (x.numpy(), x.numpy()[:, ::2]):
+        y = run({"x": Foreign(given)})["y"]
+        assert isinstance(y, Foreign)
+        assert np.array_equal(y.array, given)
+
+
+def test_calls_of_many_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of a kind of call is kept, and forgotten where there are too many."""
+    monkeypatch.setattr(runner_module, "KINDS", 4)
+    run = runner(identity("float32"))
+    seen: list[int] = []
+    checked = run._checked
+    monkeypatch.setattr(run, "_checked", lambda inputs: seen.append(len(inputs["x"])) or checked(inputs))
+    for size in (1, 2, 1, 2, 3, 4, 1, 5, 1):
+        x = torch.ones(size)
+        assert torch.equal(run({"x": x})["y"], x)
+        assert len(run._calls) <= 4
+    assert seen == [1, 2, 3, 4, 5, 1]
+
+
 def test_outputs_outlive_the_runner_and_give_their_memory_back() -> None:
     run = runner(identity("float32"))
     y = run({"x": torch.arange(6.0)})["y"]
@@ -181,6 +241,10 @@ def test_a_capsule_that_nobody_takes_gives_its_memory_back() -> None:
         ({"a": np.zeros((3, 4), "c8")}, TypeError, "a is of dtype complex64"),
         ({"a": np.zeros((3, 4), ">f4")}, TypeError, "a is of dtype >f4"),
         ({"a": torch.zeros(3, 4, dtype=torch.complex64)}, TypeError, "a is of dtype torch.complex64 on cpu"),
+        ({"a": torch.zeros(3, 4, device="meta")}, TypeError, "a is of dtype torch.float32 on meta"),
+        ({"a": torch.zeros(3, 4).to_sparse()}, TypeError, r"a is laid out as torch.sparse_coo, expected torch.strided"),
+        ({"a": torch.zeros(3, 4, requires_grad=True)}, TypeError, "a requires a gradient, .*: pass it detached"),
+        ({"a": Foreign(np.zeros((3, 4), "c8"))}, TypeError, "a is of dtype complex64"),
     ],
 )
 def test_wrong_inputs(change: dict[str, Any], error: type[Exception], reason: str) -> None:
