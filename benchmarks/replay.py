@@ -118,7 +118,7 @@ def device_us(run: Callable[[], Any]) -> float | None:
 
     run()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         for _ in range(PROFILED):
             run()
         torch.cuda.synchronize()

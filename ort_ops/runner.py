@@ -176,6 +176,8 @@ class Runner:
 
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", graph)
+        if graph != NO_GRAPH and self._works_on_stream:  # `_replay` synchronizes once, after its copies
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
 
     def _replay(self, graph: _Graph, call: _Call, tensors: list[Any]) -> dict[str, Any]:

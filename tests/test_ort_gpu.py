@@ -14,8 +14,9 @@ from test_compiler import doubling
 
 from trimaran.benchmarks.replay import bound
 from trimaran.kernels.layer_norm import layer_norm
-from trimaran.ort_ops import custom_op
-from trimaran.ort_ops.domain import TRIMARAN, Domain
+from trimaran.ort_ops.domain import Domain
+from trimaran.ort_ops.hot_path import HotKernel
+from trimaran.ort_ops.kernel import KERNELS
 from trimaran.ort_ops.session import ort_session, register
 
 pytestmark = pytest.mark.gpu
@@ -54,9 +55,11 @@ def test_a_cuda_graph_replays_the_kernels() -> None:
 
 
 def test_nodes_of_a_session_run_in_c() -> None:
+    before = set(KERNELS)
     inputs = tensors(CASES["norm_sum"], torch.float16, "cuda")
-    session_of(model(CASES["norm_sum"].op, inputs, CASES["norm_sum"].outputs, eps=1e-5), CUDA)
-    assert all(variant.hot for variant in custom_op._VARIANTS.values() if variant.plans in TRIMARAN.plans.values())
+    session = session_of(model(CASES["norm_sum"].op, inputs, CASES["norm_sum"].outputs, eps=1e-5), CUDA)
+    assert [type(KERNELS[handle]) for handle in KERNELS.keys() - before] == [HotKernel]
+    del session
 
 
 def test_without_torch(tmp_path: Path) -> None:
