@@ -15,6 +15,7 @@ import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +97,20 @@ def test_info_tells_what_is_here() -> None:
         runtimes = {registration["runtime"]: registration for registration in op["registrations"]}
         assert runtimes["torch"]["registered"], runtimes["torch"]["reason"]
         assert runtimes["onnxruntime"]["registered"] == ("CUDAExecutionProvider" in found["providers"])
+
+
+@pytest.mark.parametrize(
+    ("cuda", "note"),
+    [
+        (None, "built without CUDA"),
+        ("13.0", "built for CUDA 13.0"),
+        ("12.8", "built for CUDA 12.8, which is unmeasured"),
+    ],
+)
+def test_info_says_which_cuda_was_never_run(cuda: str | None, note: str) -> None:
+    from trimaran import info
+
+    assert info._torch_build(SimpleNamespace(version=SimpleNamespace(cuda=cuda))) == note
 
 
 def test_info_without_packages() -> None:

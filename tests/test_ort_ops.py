@@ -26,7 +26,7 @@ def check(case: Case, dtype: torch.dtype, provider: str, offset: int = 0, torch_
     exact, peer = expected(case, inputs, True), expected(case, inputs, False)
     shapes = {name: out.shape for name, out in exact.items()}
     if provider == CUDA and dtype == torch.float32 and "linear" in case.op.name:
-        with pytest.raises(RuntimeError, match="no kernel for these inputs: .* in fp32 is slower than the vendor's"):
+        with pytest.raises(RuntimeError, match=r"no kernel for these inputs: .* in fp32 is slower than the vendor's"):
             bound_run(session, inputs, shapes, dtype)
         return
     got = bound_run(session, inputs, shapes, dtype, offset)
