@@ -15,7 +15,6 @@ import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,7 +109,7 @@ def test_info_tells_what_is_here() -> None:
 def test_info_says_which_cuda_was_never_run(cuda: str | None, note: str) -> None:
     from trimaran import info
 
-    assert info._torch_build(SimpleNamespace(version=SimpleNamespace(cuda=cuda))) == note
+    assert info._torch_build(types.SimpleNamespace(version=types.SimpleNamespace(cuda=cuda))) == note
 
 
 def test_info_without_packages() -> None:
