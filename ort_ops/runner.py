@@ -6,13 +6,13 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trimaran.kernels.driver import Driver, driver
 from trimaran.ort_ops.abi import CUDA, DTYPE, ELEMENT_TYPE
+from trimaran.ort_ops.calls import Call, Reader
 from trimaran.ort_ops.dlpack import Memory, Spec
-from trimaran.ort_ops.tensors import Library, allocated, library, library_of
+from trimaran.ort_ops.tensors import Library, allocated
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -25,7 +25,6 @@ ONNX_TYPE = {  # as a session names them
 _GRAPH_IDS = itertools.count(1)  # no two runners of one session may replay each other's
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()  # of sessions
 NO_GRAPH = "-1"  # the gpu_graph_id of a run that is neither captured nor replayed
-KINDS = 256  # of calls that a runner remembers
 
 
 class Runner:
@@ -59,7 +58,7 @@ class Runner:
         stream = int((options or {}).get("user_compute_stream") or 0)
         self._works_on_stream = stream != 0
         self._stream = stream or (self._driver.stream if self._driver else 0)
-        self._calls: dict[Any, _Call] = {}
+        self._reader = Reader(self.inputs, self._index if self._driver else None)
         self._graphs: dict[Any, _Graph] = {}
         self._lock = _LOCKS.setdefault(session, threading.Lock())
 
@@ -74,7 +73,7 @@ class Runner:
         ValueError or TypeError, naming the input, for one that is missing, unknown, no tensor, of another dtype than
         the model's or on another device than the session's.
         """
-        call, tensors = self._read(inputs)
+        call, tensors = self._reader.read(inputs)
         if not self._captures:
             return self._plain(call, tensors)
         with self._lock:
@@ -85,62 +84,11 @@ class Runner:
                 graph = self._graphs[call.shapes] = _Graph(self, call, tensors)
             return self._replay(graph, call, tensors)
 
-    # Reading the inputs
-
-    def _read(self, inputs: Mapping[str, Any]) -> tuple[_Call, list[Any]]:
-        """What kind of call this is, and its tensors in the order of the session's inputs, all of them contiguous."""
-        if inputs.keys() != self.inputs.keys():
-            missing, unknown = sorted(self.inputs.keys() - inputs.keys()), sorted(inputs.keys() - self.inputs.keys())
-            raise ValueError(f"inputs: missing {missing}, unknown {unknown}, expected {list(self.inputs)}")
-        tensors: list[Any] = []
-        kinds: list[Any] = [next(iter(inputs), None)]
-        for name in self.inputs:
-            tensor = inputs[name]
-            try:
-                of = library_of(tensor.__class__)
-                kinds += of, of.kind(tensor)
-            except TypeError as error:
-                raise TypeError(f"{name} {error}") from error
-            tensors.append(tensor)
-        key = tuple(kinds)
-        call = self._calls.get(key)
-        if call is None:
-            if len(self._calls) >= KINDS:
-                self._calls.clear()
-            call = self._calls[key] = self._checked(inputs)
-        for index in call.scattered:
-            tensors[index] = call.libraries[index].contiguous(tensors[index])
-        return call, tensors
-
-    def _checked(self, inputs: Mapping[str, Any]) -> _Call:
-        """A kind of call that was not seen before."""
-        call = _Call()
-        for index, (name, dtype) in enumerate(self.inputs.items()):
-            of = library_of(inputs[name].__class__)
-            try:
-                spec, dense = of.spec(inputs[name])
-                if spec.dtype != dtype:
-                    raise TypeError(f"is {spec.dtype}, expected {dtype}")
-                if spec.device == "cuda":
-                    of.queue(spec.device_index)
-            except TypeError as error:
-                raise TypeError(f"{name} {error}") from error
-            if spec.device == "cuda" and (self._driver is None or spec.device_index != self._index):
-                place = "the CPU" if self._driver is None else f"CUDA device {self._index}"
-                raise ValueError(f"{name} is on CUDA device {spec.device_index}, but the session works on {place}")
-            call.add(of, spec, first=name == next(iter(inputs)))
-            if not dense:
-                call.scattered.append(index)
-        return call
-
-    # Running
-
-    def _plain(self, call: _Call, tensors: list[Any]) -> dict[str, Any]:
+    def _plain(self, call: Call, tensors: list[Any]) -> dict[str, Any]:
         """One run without a graph."""
         for queue in call.queues():
             self._follow(queue)
-        memories = [Memory(*where) for where in zip(call.addresses(tensors), call.specs, tensors, strict=True)]
-        outputs = self._run(memories, call.device)
+        outputs = self._run(call.memories(tensors), call.device)
         return {name: call.library.tensor(memory) for name, memory in outputs.items()}
 
     def _follow(self, queue: int) -> None:
@@ -180,7 +128,7 @@ class Runner:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
 
-    def _replay(self, graph: _Graph, call: _Call, tensors: list[Any]) -> dict[str, Any]:
+    def _replay(self, graph: _Graph, call: Call, tensors: list[Any]) -> dict[str, Any]:
         """One run by a graph. Targets are made before the inputs' queues are waited for, since the memory that a
         library hands out again may still be in use on its own queue."""
         assert self._driver is not None
@@ -196,7 +144,7 @@ class Runner:
             driver.synchronize(stream)
         return graph.tensors(call.library) if own else dict(zip(self.outputs, made, strict=True))
 
-    def _fetch(self, graph: _Graph, call: _Call, tensors: list[Any]) -> None:
+    def _fetch(self, graph: _Graph, call: Call, tensors: list[Any]) -> None:
         """Copy the inputs to where the graph reads."""
         assert self._driver is not None
         copies = zip(graph.read, call.addresses(tensors), call.sizes, strict=True)
@@ -205,45 +153,13 @@ class Runner:
             self._driver.synchronize(self._stream)
 
 
-@dataclass(eq=False)
-class _Call:
-    """What calls have in common whose inputs differ in address and content alone; lists are in the order of the
-    session's inputs. library, device: of the outputs; scattered: the inputs that are not contiguous."""
-
-    library: Library = field(default_factory=lambda: library("numpy"))
-    device: str = "cpu"
-    libraries: list[Library] = field(default_factory=list)
-    specs: list[Spec] = field(default_factory=list)
-    shapes: tuple[tuple[int, ...], ...] = ()
-    sizes: list[int] = field(default_factory=list)  # in bytes
-    scattered: list[int] = field(default_factory=list)
-    waits: dict[Library, int] = field(default_factory=dict)  # with the device, where there are tensors on it
-
-    def add(self, of: Library, spec: Spec, first: bool) -> None:
-        if first:
-            self.library, self.device = of, spec.device
-        if spec.device == "cuda":
-            self.waits[of] = spec.device_index
-        self.libraries.append(of)
-        self.specs.append(spec)
-        self.sizes.append(spec.bytes)
-        self.shapes += (spec.shape,)
-
-    def addresses(self, tensors: list[Any]) -> list[int]:
-        return [of.address(tensor) for of, tensor in zip(self.libraries, tensors, strict=True)]
-
-    def queues(self) -> list[int]:
-        """The streams on which the inputs may still be computed."""
-        return [of.queue(index) for of, index in self.waits.items()]
-
-
 class _Graph:
     """The memory that one CUDA graph reads and writes, and what asks for its replay; the first run captures it.
 
     read: addresses; written: addresses, and sizes in bytes.
     """
 
-    def __init__(self, runner: Runner, call: _Call, tensors: list[Any]) -> None:
+    def __init__(self, runner: Runner, call: Call, tensors: list[Any]) -> None:
         inputs = [allocated(spec._replace(device="cuda", device_index=runner._index)) for spec in call.specs]
         self.read = [memory.address for memory in inputs]
         runner._fetch(self, call, tensors)

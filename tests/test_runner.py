@@ -18,8 +18,7 @@ from onnx import TensorProto, helper
 from ort import CPU, CUDA, hammered, python, quiet
 
 from trimaran.benchmarks import replay
-from trimaran.ort_ops import dlpack
-from trimaran.ort_ops import runner as runner_module
+from trimaran.ort_ops import calls, dlpack
 from trimaran.ort_ops.runner import Runner
 from trimaran.ort_ops.session import ort_session
 from trimaran.ort_ops.tensors import library_of
@@ -190,15 +189,15 @@ def test_what_else_is_a_tensor() -> None:
 
 def test_calls_of_many_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is known of a kind of call is kept, and forgotten where there are too many."""
-    monkeypatch.setattr(runner_module, "KINDS", 4)
+    monkeypatch.setattr(calls, "KINDS", 4)
     run = runner(identity("float32"))
     seen: list[int] = []
-    checked = run._checked
-    monkeypatch.setattr(run, "_checked", lambda inputs: seen.append(len(inputs["x"])) or checked(inputs))
+    checked = run._reader._checked
+    monkeypatch.setattr(run._reader, "_checked", lambda name, x: seen.append(len(x)) or checked(name, x))
     for size in (1, 2, 1, 2, 3, 4, 1, 5, 1):
         x = torch.ones(size)
         assert torch.equal(run({"x": x})["y"], x)
-        assert len(run._calls) <= 4
+        assert len(run._reader.calls) <= 4
     assert seen == [1, 2, 3, 4, 5, 1]
 
 
