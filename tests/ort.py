@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 from trimaran.kernels.contract import Op
 from trimaran.ort_ops import custom_op
 from trimaran.ort_ops.domain import TRIMARAN, Domain
+from trimaran.ort_ops.runner import Runner
 from trimaran.ort_ops.session import ort_session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,8 @@ ELEMENT = {
     torch.float64: TensorProto.DOUBLE,
     torch.int32: TensorProto.INT32,
     torch.int64: TensorProto.INT64,
+    torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8,
     torch.bool: TensorProto.BOOL,
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -133,6 +136,17 @@ def bound_run(
         torch.cuda.synchronize()  # what torch has queued on its own stream
     session.run_with_iobinding(binding)
     return outputs
+
+
+def sums() -> bytes:
+    """total = a + b, product = a * b, of fp32."""
+    nodes = [helper.make_node("Add", ["a", "b"], ["total"]), helper.make_node("Mul", ["a", "b"], ["product"])]
+    return graph_model(nodes, {"a": (1, ["n", 4]), "b": (1, [4])}, {"total": 1, "product": 1})
+
+
+def runner(content: bytes, device: str = "cpu", **kwargs: Any) -> Runner:
+    provider = CUDA if device == "cuda" else CPU
+    return Runner(ort_session(content, [provider], session_options=quiet(), **kwargs))
 
 
 def failure(call: Any) -> str:

@@ -4,66 +4,31 @@ from __future__ import annotations
 
 import gc
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from ort import CPU, CUDA, hammered, python, quiet
+from ort import CPU, ELEMENT, graph_model, hammered, python, runner, sums
 
-from trimaran.benchmarks import replay
 from trimaran.ort_ops import calls, dlpack
 from trimaran.ort_ops.runner import Runner
 from trimaran.ort_ops.session import ort_session
 from trimaran.ort_ops.tensors import library_of
 
-ELEMENT = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "float64": TensorProto.DOUBLE,
-    "int64": TensorProto.INT64,
-    "int32": TensorProto.INT32,
-    "int8": TensorProto.INT8,
-    "uint8": TensorProto.UINT8,
-    "bool": TensorProto.BOOL,
-}
+DTYPES = [str(dtype).removeprefix("torch.") for dtype in ELEMENT]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def net(nodes: list[onnx.NodeProto], inputs: dict[str, Any], outputs: dict[str, str]) -> bytes:
-    """inputs: name -> (dtype, shape); outputs: name -> dtype."""
-    graph = helper.make_graph(
-        nodes,
-        "net",
-        [helper.make_tensor_value_info(name, ELEMENT[dtype], shape) for name, (dtype, shape) in inputs.items()],
-        [helper.make_tensor_value_info(name, ELEMENT[dtype], None) for name, dtype in outputs.items()],
-    )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-    return made.SerializeToString()
 
 
 def identity(dtype: str) -> bytes:
     """y = x, which a runtime still copies; z = its shape."""
     nodes = [helper.make_node("Identity", ["x"], ["y"]), helper.make_node("Shape", ["x"], ["z"])]
-    return net(nodes, {"x": (dtype, None)}, {"y": dtype, "z": "int64"})
-
-
-def sums() -> bytes:
-    """total = a + b, count = how many elements, as fp32."""
-    nodes = [helper.make_node("Add", ["a", "b"], ["total"]), helper.make_node("Mul", ["a", "b"], ["product"])]
-    return net(nodes, {"a": ("float32", ["n", 4]), "b": ("float32", [4])}, {"total": "float32", "product": "float32"})
-
-
-def runner(content: bytes, device: str = "cpu", **kwargs: Any) -> Runner:
-    provider = CUDA if device == "cuda" else CPU
-    return Runner(ort_session(content, [provider], session_options=quiet(), **kwargs))
+    element = ELEMENT[getattr(torch, dtype)]
+    return graph_model(nodes, {"x": (element, None)}, {"y": element, "z": TensorProto.INT64})
 
 
 def sample(dtype: str, shape: tuple[int, ...] = (3, 5)) -> torch.Tensor:
@@ -74,7 +39,7 @@ def sample(dtype: str, shape: tuple[int, ...] = (3, 5)) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", ELEMENT)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_tensors_of_every_dtype(dtype: str, device: str) -> None:
     x = sample(dtype).to(device)
     y = runner(identity(dtype), device)({"x": x})["y"]
@@ -83,7 +48,7 @@ def test_torch_tensors_of_every_dtype(dtype: str, device: str) -> None:
     assert torch.equal(y, x)
 
 
-@pytest.mark.parametrize("dtype", ELEMENT)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_numpy_arrays_of_every_dtype(dtype: str) -> None:
     x = np.arange(15).reshape(3, 5).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     found = runner(identity(dtype))({"x": x})
@@ -275,7 +240,7 @@ def test_a_session_whose_values_are_no_numbers() -> None:
 
 def test_a_model_without_inputs() -> None:
     constant = helper.make_node("Constant", [], ["y"], value_floats=[1.0, 2.0])
-    assert runner(net([constant], {}, {"y": "float32"}))({})["y"].tolist() == [1, 2]
+    assert runner(graph_model([constant], {}, {"y": 1}))({})["y"].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -311,126 +276,3 @@ print(sys.kept["y"].sum().item())
 def test_graphs_take_cuda() -> None:
     with pytest.raises(ValueError, match="cuda_graph is True, which takes CUDAExecutionProvider; providers are CPUEx"):
         ort_session(sums(), [CPU], cuda_graph=True)
-
-
-# On a GPU
-
-
-@pytest.mark.gpu
-def test_a_tensor_of_another_device_is_refused() -> None:
-    with pytest.raises(ValueError, match="a is on CUDA device 0, but the session works on the CPU"):
-        runner(sums())({"a": torch.ones(3, 4, device="cuda"), "b": torch.ones(4)})
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("graph", [False, True])
-def test_cupy_arrays(graph: bool) -> None:
-    cupy = pytest.importorskip("cupy")
-    run = runner(sums(), "cuda", cuda_graph=graph)
-    a, b = cupy.arange(12, dtype="float32").reshape(3, 4), cupy.ones(4, dtype="float32")
-    for _ in range(3):
-        found = run({"a": a, "b": b})
-        assert isinstance(found["total"], cupy.ndarray)
-        assert bool((found["total"] == a + 1).all())
-        a += 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"enable_cuda_graph": "1"}, {}])
-def test_a_session_whose_stream_nobody_knows(options: dict[str, str]) -> None:
-    run = Runner(ort_session(sums(), [(CUDA, options)], session_options=quiet()))
-    b = torch.ones(4, device="cuda")
-    for turn in range(20):
-        a = torch.full((64, 4), float(turn), device="cuda")
-        assert torch.equal(run({"a": a, "b": b})["total"], a + 1)
-    assert run.graphs == len(options)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("graph", [False, True])
-def test_host_tensors_in_a_cuda_session(graph: bool) -> None:
-    run = runner(sums(), "cuda", cuda_graph=graph)
-    for turn in range(3):
-        a = np.full((3, 4), turn, np.float32)
-        assert np.array_equal(run({"a": a, "b": np.ones(4, np.float32)})["total"], a + 1)
-    mixed = run({"a": torch.ones(3, 4, device="cuda"), "b": torch.ones(4)})["total"]
-    assert mixed.device.type == "cuda"
-    assert mixed.sum() == 24
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("graph", [False, True])
-def test_what_is_queued_on_the_callers_stream_is_waited_for(graph: bool) -> None:
-    run = runner(sums(), "cuda", cuda_graph=graph)
-    a, b = torch.zeros(3, 4, device="cuda"), torch.ones(4, device="cuda")
-    run({"a": a, "b": b})
-    slow = torch.randn(4096, 4096, device="cuda")
-    for turn in range(1, 4):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(20):
-                slow = slow @ slow * 1e-4
-            a.fill_(turn)
-            assert (run({"a": a, "b": b})["total"] == turn + 1).all()
-
-
-@pytest.mark.gpu
-def test_one_graph_per_shape_and_no_more_than_allowed() -> None:
-    run = Runner(ort_session(sums(), [CUDA], cuda_graph=True, session_options=quiet()), max_graphs=3)
-    b = torch.ones(4, device="cuda")
-    for turn in range(3):
-        for rows in range(1, 6):
-            a = torch.full((rows, 4), float(turn), device="cuda")
-            found = run({"a": a, "b": b})
-            assert torch.equal(found["total"], a + 1)
-            assert torch.equal(found["product"], a)
-    assert run.graphs == 3
-
-
-@pytest.mark.gpu
-def test_outputs_of_a_graph_are_the_callers_own() -> None:
-    run = runner(sums(), "cuda", cuda_graph=True)
-    b = torch.ones(4, device="cuda")
-    found = [run({"a": torch.full((2, 4), float(turn), device="cuda"), "b": b})["total"] for turn in range(5)]
-    assert [int(total[0, 0]) for total in found] == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.gpu
-def test_two_runners_of_one_session_have_graphs_of_their_own() -> None:
-    session = ort_session(sums(), [CUDA], cuda_graph=True, session_options=quiet())
-    first, second = Runner(session), Runner(session)
-    b = torch.ones(4, device="cuda")
-    for turn in range(3):
-        for factor, run in ((1, first), (10, second)):
-            a = torch.full((2, 4), float(factor * turn), device="cuda")
-            assert torch.equal(run({"a": a, "b": b})["total"], a + 1)
-
-
-@pytest.mark.gpu
-def test_outputs_may_be_the_graphs_own_memory() -> None:
-    run = Runner(ort_session(sums(), [CUDA], cuda_graph=True, session_options=quiet()), copy_outputs=False)
-    b = torch.ones(4, device="cuda")
-    first = run({"a": torch.zeros(2, 4, device="cuda"), "b": b})["total"]
-    second = run({"a": torch.ones(2, 4, device="cuda"), "b": b})["total"]
-    assert first.data_ptr() == second.data_ptr()
-    assert int(first[0, 0]) == 2
-    on_host = run({"a": np.ones((2, 4), np.float32), "b": np.ones(4, np.float32)})["total"]
-    assert int(on_host[0, 0]) == 2
-
-
-@pytest.mark.gpu
-def test_host_time_of_a_replay() -> None:
-    """What reading the inputs and making the outputs adds to ONNX Runtime's own replay. The best of many calls, which
-    other work on the machine does not lengthen; `trimaran bench-nodes` measures the time itself."""
-    inputs = {name: torch.ones(128, 768, device="cuda", dtype=torch.half) for name in ("x", "residual")}
-
-    def best(kind: str) -> float:
-        run, times = replay.prepared(kind, inputs), []
-        for _ in range(1000):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    bare = best("bare")
-    assert best("own") - bare < 60e-6
-    assert best("copied") - bare < 60e-6
