@@ -5,8 +5,7 @@ process nor what it has of the device may grow by more than a bound. Where the d
 others on the device it is what all of them have, and the result says so. Kernels are deterministic, so a result is
 right where it has the same bits as the first one for its input, which is held against the reference.
 
-On a GPU a node of layer_norm and one of attention are soaked; on a CPU, where a kernel is interpreted in tens of
-milliseconds, an addition that is declared here.
+`soak_model` has what is run.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
@@ -31,22 +28,16 @@ from rich.table import Table
 
 from trimaran.benchmarks.machine import environment
 from trimaran.benchmarks.memory import Growth, of_device
-from trimaran.kernels.contract import expect_shape
+from trimaran.benchmarks.soak_model import COLUMNS, STAND_IN, model, reference
 from trimaran.kernels.interpreter import interpret
-from trimaran.kernels.layer_norm import layer_norm_reference
-from trimaran.kernels.sizes import cdiv, product
 from trimaran.ort_ops.abi import CPU, CUDA
-from trimaran.ort_ops.domain import Domain
 from trimaran.ort_ops.kernel import KERNELS
 from trimaran.ort_ops.native import native
 from trimaran.ort_ops.runner import Runner
 from trimaran.ort_ops.session import ort_session
-from trimaran.ort_ops.triton_op import triton_op
 
 THREADS = 8
 HOST_LIMIT_MIB, DEVICE_LIMIT_MIB = 64.0, 64.0
-COLUMNS = 64
-EPS = 1e-5
 
 
 @dataclass
@@ -69,62 +60,6 @@ class Check:
     def fail(self, reason: object) -> None:
         self.wrong += 1
         self.first = self.first or f"{type(reason).__name__}: {reason}"[:300]
-
-
-def same_shape(i: Any) -> tuple[Any, ...]:
-    expect_shape("layer_norm", "residual", i.residual, i.x.shape, "the shape of x")
-    return tuple(i.x.shape)
-
-
-@triton_op(
-    shapes={"sum": same_shape},
-    grid=lambda i: (cdiv(product(i.x.shape), 4096),),
-    values={"n": lambda i: product(i.x.shape), "BLOCK": 4096},
-    name="layer_norm",
-)
-@triton.jit  # type: ignore[untyped-decorator]
-def add(x_ptr, residual_ptr, sum_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(x_ptr + at, mask=at < n) + tl.load(residual_ptr + at, mask=at < n)
-    tl.store(sum_ptr + at, total, mask=at < n)
-
-
-STAND_IN = Domain("soak", [add])
-
-
-def model(cuda: bool) -> bytes:
-    """sum = x + residual; on a GPU also attention over the four heads of its layer_norm."""
-    from onnx import TensorProto, helper
-
-    element = TensorProto.FLOAT16 if cuda else TensorProto.FLOAT
-    names = ["x", "weight", "", "residual"] if cuda else ["x", "residual"]
-    norm = helper.make_node("layer_norm", names, ["y", "sum"] if cuda else ["sum"], name="norm", domain="soak")
-    attend = helper.make_node("attention", ["y", "y", "y"], ["out"], name="attend", domain="trimaran")
-    if cuda:
-        norm.domain = "trimaran"
-        norm.attribute.append(helper.make_attribute("eps", EPS))
-        attend.attribute.extend([helper.make_attribute("scale", 0.25), helper.make_attribute("num_heads", 4)])
-    shape: list[str | int | None] = ["batch", "length", COLUMNS]
-    shapes = {name: [COLUMNS] if name == "weight" else shape for name in names if name}
-    graph = helper.make_graph(
-        [norm, attend] if cuda else [norm],
-        "soak",
-        [helper.make_tensor_value_info(name, element, dims) for name, dims in shapes.items()],
-        [helper.make_tensor_value_info(name, element, shape) for name in (["sum", "out"] if cuda else ["sum"])],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(norm.domain, 1)]
-    made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    return made
-
-
-def reference(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """The model's outputs in fp64."""
-    if weight is None:
-        return [x + residual]
-    y, total = layer_norm_reference(x, weight, None, residual, eps=EPS)
-    heads = y.unflatten(-1, (4, -1)).transpose(1, 2)
-    out = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, scale=0.25)
-    return [total, out.transpose(1, 2).flatten(2)]
 
 
 class Soak:
