@@ -28,6 +28,7 @@ from rich.table import Table
 
 from trimaran.benchmarks.machine import environment
 from trimaran.benchmarks.memory import Growth, of_device
+from trimaran.benchmarks.nodes import Chain
 from trimaran.benchmarks.soak_model import COLUMNS, STAND_IN, model, reference
 from trimaran.kernels.interpreter import interpret
 from trimaran.ort_ops.abi import CPU, CUDA
@@ -74,16 +75,19 @@ class Soak:
         with torch.no_grad():
             self.expected = [self.first(feed) for feed in self.feeds]
 
-    def session(self, **kwargs: Any) -> Any:
+    def options(self) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = 2
+        return options
+
+    def session(self, **kwargs: Any) -> Any:
         with interpret(not self.cuda):
             providers = [CUDA, CPU] if self.cuda else [CPU]
             domains = [] if self.cuda else [STAND_IN]
-            return ort_session(self.content, providers, domains=domains, session_options=options, **kwargs)
+            return ort_session(self.content, providers, domains=domains, session_options=self.options(), **kwargs)
 
     def feed(self, index: int) -> dict[str, np.ndarray[Any, Any]]:
         """Inputs of a shape of their own."""
@@ -121,6 +125,7 @@ class Soak:
             ("8 threads, one session", 10_000 * THREADS, self.one_session),
             ("8 threads, a session each", 10_000 * THREADS, self.many_sessions),
             ("sessions made and dropped", 500, self.sessions),
+            ("the same without ops of ours", 500, self.bare_sessions),
             ("errors, and a good run after each", 2_000, self.errors),
             ("run_async", 10_000, self.asynchronous),
             ("a growing sequence", 2_000, self.growing),
@@ -176,6 +181,18 @@ class Soak:
             step()
         if len(KERNELS) != kernels:
             check.fail(f"{len(KERNELS) - kernels} kernels are left of sessions that are gone")
+
+    def bare_sessions(self, check: Check, step: Callable[[], None]) -> None:
+        """What onnxruntime leaves behind by itself, to compare with: its own op, on the same device."""
+        import onnxruntime
+
+        chain = Chain("layer_norm", 1, 4, COLUMNS, torch.float16 if self.cuda else torch.float32)
+        content, x = chain.model(ours=False), chain.input().numpy()
+        for _ in range(check.runs):
+            providers = [CUDA] if self.cuda else [CPU]
+            onnxruntime.InferenceSession(content, self.options(), providers=providers).run(None, {"x": x})
+            gc.collect()
+            step()
 
     def errors(self, check: Check, step: Callable[[], None]) -> None:
         session = self.session()

@@ -42,8 +42,8 @@ class Runner:
     captured at its first call and replayed later; after `max_graphs` of them further shapes run without. Inputs are
     then copied to where the graph reads, and outputs from where it writes, on the device. With `copy_outputs=False`
     outputs on the device are the graph's own memory instead, which the next call with the same shapes overwrites.
-    Calls take turns, as ONNX Runtime needs it there; it captures once more for each thread that calls. Without graphs
-    a runner may be used by many threads at once.
+    Calls take turns, as ONNX Runtime needs it there; it captures once more for each thread that calls, and meanwhile
+    CUDA refuses to give memory to other threads. Without graphs a runner may be used by many threads at once.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, max_graphs: int = 16, copy_outputs: bool = True) -> None:

@@ -22,6 +22,7 @@ CHECKS = {
     "8 threads, one session": 800,
     "8 threads, a session each": 800,
     "sessions made and dropped": 5,
+    "the same without ops of ours": 5,
     "errors, and a good run after each": 20,
     "run_async": 100,
     "a growing sequence": 20,
