@@ -15,7 +15,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from trimaran.benchmarks.kernels import SEED, spread
-from trimaran.benchmarks.measure import Contender, HostWatch, Run, compare
+from trimaran.benchmarks.measure import Contender, HostWatch, Run, Timing, compare
 from trimaran.kernels.interpreter import interpret
 from trimaran.kernels.layer_norm import layer_norm_reference
 from trimaran.ort_ops.abi import CPU, CUDA, ELEMENT_TYPE
@@ -65,16 +65,21 @@ def measure(rows: int, columns: int, dtype: torch.dtype, device: torch.device, r
     timings = compare(
         [contender(kind) for kind in NAMES], exact=exact, dtype=dtype, watch=HostWatch(), rounds=rounds, seed=SEED
     )
-    found = []
-    for kind, timing in zip(NAMES, timings, strict=True):
-        micro = [1e3 * sample for sample in timing.samples]
-        busy = device_us(runs[kind]) if micro and device.type == "cuda" else 0.0
-        row = {"name": timing.name, "ours": timing.ours, "reason": timing.reason, "error": timing.error}
-        row |= {"calls": timing.calls, "device_us": busy, "samples_us": micro}
-        row |= {"call_us": spread(micro) if micro else None}
-        host = [] if busy is None else [sample - busy for sample in micro]
-        found.append(row | {"host_us": spread(host) if host else None})
-    return {"target_us": TARGET_US if device.type == "cuda" else None, "contenders": found}
+    cuda = device.type == "cuda"
+    contenders = [
+        row(timing, device_us(runs[kind]) if cuda and timing.samples else 0.0)
+        for kind, timing in zip(NAMES, timings, strict=True)
+    ]
+    return {"target_us": TARGET_US if cuda else None, "contenders": contenders}
+
+
+def row(timing: Timing, busy: float | None) -> dict[str, Any]:
+    """One contender; busy: what the device works in a call, in us, None where that is not known."""
+    micro = [1e3 * sample for sample in timing.samples]
+    host = [] if busy is None else [sample - busy for sample in micro]
+    found = {"name": timing.name, "ours": timing.ours, "reason": timing.reason, "error": timing.error}
+    found |= {"calls": timing.calls, "device_us": busy, "samples_us": micro}
+    return found | {"call_us": spread(micro) if micro else None, "host_us": spread(host) if host else None}
 
 
 def prepared(kind: str, inputs: dict[str, torch.Tensor]) -> Run:
