@@ -50,20 +50,15 @@ def test_a_run_writes_json_and_a_figure(tmp_path: Path) -> None:
     assert "trimaran.Runner, outputs copied" in output
 
 
-def test_our_refused_chain_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_of_ours_is_refused_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Chain.exact
     monkeypatch.setattr(Chain, "exact", lambda self, device: 2 * exact(self, device))
-    code, output, found = ran(tmp_path)
-    assert code == 1
-    assert "FAILED: layer_norm, plain run: ValueError: the largest error" in output
-    assert found["cases"][0]["contenders"][0]["us_per_node"] is None
-
-
-def test_a_refused_replay_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "layer_norm_reference", lambda x, *_, **__: (x, x))
     code, output, found = ran(tmp_path)
     assert code == 1
+    assert "FAILED: layer_norm, plain run: ValueError: the largest error" in output
     assert "FAILED: replay: ValueError" in output
+    assert found["cases"][0]["contenders"][0]["us_per_node"] is None
     assert found["replay"]["contenders"][0]["call_us"] is None
 
 
