@@ -459,8 +459,8 @@ NO_ROTARY = {
     "unequal parts": (lambda q: q * COS + half(q, 3) * SIN, None),
     "signs": (lambda q: q * COS + torch.cat((q[..., 4:], -q[..., :4]), -1) * SIN, None),
     "another x": (lambda q: (q + 1) * COS + half(q) * SIN, None),
-    "a table for each head": (lambda q: turn(q, COS.repeat(1, 4, 1, 1)), "cos is no table"),
-    "one row": (lambda q: turn(q, COS, SIN[:, :, :1]), "sin has the shape"),
+    "a table for each head": (lambda q: turn(q, COS.repeat(1, 4, 1, 1)), "cos and sin are"),
+    "one row": (lambda q: turn(q, COS, SIN[:, :, :1]), "cos and sin are"),
     "double": (lambda q: turn(q.double(), COS.double(), SIN.double()), "q is float64"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from trimaran.torch_path.einsum import as_product
 from trimaran.torch_path.graph import (
     RESHAPES,
     argument,
@@ -21,6 +22,7 @@ from trimaran.torch_path.graph import (
     called,
     is_tensor,
     replace,
+    same,
     same_shape,
     value,
     written,
@@ -86,6 +88,8 @@ def _frozen(args: Any) -> Any:
 def _respelt(graph: Graph, node: Node) -> Node | None:
     """A new node, before this one, that says the same in the one way that rules know."""
     with graph.inserting_before(node):
+        if called(node, aten.einsum.default):
+            return as_product(graph, node)
         return _transpose(graph, node) or _functional(graph, node)
 
 
@@ -93,6 +97,8 @@ def _transpose(graph: Graph, node: Node) -> Node | None:
     """A permute that exchanges two axes, and torch's other names for it, as transpose.int"""
     if called(node, aten.swapaxes.default, aten.swapdims.default, aten.mT.default):
         axes = node.args[1:] or (-1, -2)
+    elif called(node, aten.t.default, aten.numpy_T.default) and is_tensor(node, rank=2):
+        axes = (0, 1)
     elif called(node, aten.permute.default):
         given: Any = node.args[1]
         order = [axis % len(given) for axis in given]
@@ -125,8 +131,8 @@ def _functional(graph: Graph, node: Node) -> Node | None:
 
 def _equivalent(node: Node) -> Node | None:
     """An earlier node with the same value, or None."""
-    for rule in (_no_dropout, _alias, _nothing_done, _whole_slice, _same_cast, _double_transpose, _undone_reshape,
-                 _contiguous_already):  # fmt: skip
+    for rule in (_no_dropout, _alias, _nothing_done, _whole_slice, _joined_with_nothing, _same_cast, _double_transpose,
+                 _undone_reshape, _contiguous_already):  # fmt: skip
         found = rule(node)
         if found is not None and is_tensor(found):
             return found
@@ -169,8 +175,20 @@ def _whole_slice(node: Node) -> Node | None:
     if not called(node, aten.slice.Tensor):
         return None
     start, end, step = (argument(node, i, n, d) for i, n, d in ((2, "start", None), (3, "end", None), (4, "step", 1)))
-    whole = start in (None, 0) and end in (None, 2**63 - 1) and step == 1
-    return node.args[0] if whole else None  # type: ignore[return-value]
+    size = value(node.args[0]).shape[argument(node, 1, "dim", 0)]
+    over = end is None or end == 2**63 - 1 or (isinstance(end, int) and isinstance(size, int) and end >= size)
+    return node.args[0] if over and start in (None, 0) and step == 1 else None  # type: ignore[return-value]
+
+
+def _joined_with_nothing(node: Node) -> Node | None:
+    """cat([x, y]) where y is empty"""
+    if not called(node, aten.cat.default):
+        return None
+    parts: Any = node.args[0]
+    full = [part for part in parts if not any(same(size, 0) for size in value(part).shape)]
+    if len(full) != 1 or not _settled(full[0]) or value(full[0]).dtype != value(node).dtype or _mutated(node):
+        return None
+    return full[0] if same_shape(value(full[0]).shape, value(node).shape) else None
 
 
 def _same_cast(node: Node) -> Node | None:

@@ -23,6 +23,7 @@ from trimaran.torch_path.graph import (
     dtype_of,
     is_tensor,
     mutation_between,
+    read_later,
     replace,
     same,
     same_shape,
@@ -30,10 +31,12 @@ from trimaran.torch_path.graph import (
 )
 from trimaran.torch_path.ops import TORCH_OPS
 from trimaran.torch_path.rules.activations import activation_of
-from trimaran.torch_path.rules.residual import item
+from trimaran.torch_path.rules.residual import item, only_user
+from trimaran.torch_path.rules.statistics import uncast, vector_of
 
 LINEAR = TORCH_OPS["linear"].overload
-LINEAR_ANCHORS = (aten.linear.default, aten.addmm.default)
+_PRODUCTS = (aten.matmul.default, aten.mm.default)
+LINEAR_ANCHORS = (aten.linear.default, aten.addmm.default, *_PRODUCTS)
 GATED_ANCHORS = (aten.mul.Tensor,)
 SHARED_ANCHORS = RESIDUAL_ANCHORS = (LINEAR,)
 NORM_ANCHORS = (TORCH_OPS["layer_norm"].overload, TORCH_OPS["rms_norm"].overload)
@@ -52,8 +55,11 @@ class Layer:
 
 
 def check_linear(node: Node) -> Layer | str | None:
-    layer = _whole(node) if called(node, aten.linear.default) else _written_out(node)
-    if layer is None:
+    if called(node, aten.linear.default):
+        layer: Layer | None = _whole(node)
+    else:
+        layer = _product(node) if called(node, *_PRODUCTS) else _written_out(node)
+    if layer is None or read_later(node, layer.end):
         return None
     if not is_tensor(layer.weight, rank=2) or (layer.bias is not None and not is_tensor(layer.bias, rank=1)):
         return "its weight is no matrix, or its bias no vector"
@@ -80,6 +86,20 @@ def _written_out(node: Node) -> Layer | None:
         return layer
     undone = same_shape(value(end).shape[:-1], value(x).shape[:-1])
     return Layer(end, x, weight, bias, True) if undone else layer  # type: ignore[arg-type]
+
+
+def _product(node: Node) -> Layer | None:
+    """x W with a parameter W, or the transpose of one, and the bias that is added to it."""
+    x, weight = node.args
+    transposed = not called(weight, aten.transpose.int)
+    weight = weight if transposed else weight.args[0]  # type: ignore[union-attr]
+    if not is_tensor(weight, rank=2) or uncast(weight).op not in ("placeholder", "get_attr") or not is_tensor(x):
+        return None
+    total = only_user(node, aten.add.Tensor)
+    bias = None if total is None else next((side for side in total.args if side is not node), None)
+    if total is None or total.kwargs or vector_of(bias, node) is None or dtype_of(bias) != dtype_of(node):
+        return Layer(node, x, weight, None, transposed)  # type: ignore[arg-type]
+    return Layer(total, x, weight, bias, transposed)  # type: ignore[arg-type]
 
 
 def rewrite_linear(graph: Graph, node: Node, match: Layer) -> None:
@@ -115,7 +135,7 @@ class Activated:
 
 def check_activation(node: Node) -> Activated | None:
     found = activation_of(node)
-    if found is None or not is_plain(found[1], *inside(node, found[1])):
+    if found is None or not is_plain(found[1], *inside(node, found[1])) or read_later(found[1], node):
         return None
     return Activated(found[1], found[0])
 
@@ -144,10 +164,10 @@ def check_gated(node: Node) -> Gated | None:
         activation, gate = found
         users = inside(one, gate)  # type: ignore[arg-type]
         if is_plain(gate, *users) and is_plain(other, node) and _same_form(gate, other):  # type: ignore[arg-type]
-            return Gated(gate, other, activation)  # type: ignore[arg-type]
+            return None if read_later(gate, node) else Gated(gate, other, activation)  # type: ignore[arg-type]
         halves = _halves(gate, other)
         if halves is not None and {*gate.users} <= users and {*other.users} == {node}:  # type: ignore[union-attr]
-            return Gated(halves[0], None, activation, halves[1])
+            return None if read_later(halves[0], node) else Gated(halves[0], None, activation, halves[1])
     return None
 
 
@@ -235,7 +255,7 @@ def check_linear_norm(node: Node) -> Normed | None:
     params = 2 if node.target is NORM_ANCHORS[0] else 1
     x, residual = node.args[0], node.args[1 + params]
     for layer, other in ((x, residual), (residual, x)):
-        if is_plain(layer, node) and (other is None or is_tensor(other)):
+        if is_plain(layer, node) and (other is None or is_tensor(other)) and not read_later(layer, node):  # type: ignore[arg-type]
             return Normed(layer, other)  # type: ignore[arg-type]
     return None
 
@@ -263,7 +283,7 @@ def check_residual(node: Node) -> tuple[Node, Node] | None:
     if len(others) != 1 or not is_tensor(others[0]) or not same_shape(value(others[0]).shape, value(node).shape):
         return None
     alike = value(others[0]).dtype == value(node).dtype == value(total).dtype
-    return (total, others[0]) if alike else None  # type: ignore[return-value]
+    return (total, others[0]) if alike and not read_later(node, total) else None  # type: ignore[arg-type, return-value]
 
 
 def rewrite_residual(graph: Graph, node: Node, match: tuple[Node, Node]) -> None:
