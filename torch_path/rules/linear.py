@@ -249,6 +249,7 @@ def rewrite_shared(graph: Graph, node: Node, match: list[Node]) -> None:
 class Normed:
     layer: Node
     residual: Node | None
+    total: Node | None = None  # their sum in fp32, of a layer in half precision, which the norm did not take in
 
 
 def check_linear_norm(node: Node) -> Normed | None:
@@ -257,6 +258,24 @@ def check_linear_norm(node: Node) -> Normed | None:
     for layer, other in ((x, residual), (residual, x)):
         if is_plain(layer, node) and (other is None or is_tensor(other)) and not read_later(layer, node):  # type: ignore[arg-type]
             return Normed(layer, other)  # type: ignore[arg-type]
+    given: Any = node.args[1 : 1 + params]
+    known = isinstance(x, Node) and all(param is None or param < x for param in given)
+    return _mixed_sum(x, node) if residual is None and known else None  # type: ignore[arg-type]
+
+
+def _mixed_sum(total: Node, norm: Node) -> Normed | None:
+    """Of x W^T in half precision, and a residual in fp32: what autocast makes of layers between norms."""
+    if not called(total, aten.add.Tensor, aten.to.dtype) or total.kwargs or dtype_of(total) != "float32":
+        return None
+    if mutation_between(total, total, norm) is not None:
+        return None
+    sides = total.args if called(total, aten.add.Tensor) else (total.args[0], None)
+    for layer, other in (sides, sides[::-1]):
+        if not is_plain(layer, total) or dtype_of(layer) == "float32" or read_later(layer, total):  # type: ignore[arg-type]
+            continue
+        alike = is_tensor(other) and dtype_of(other) == "float32" and same_shape(value(other).shape, value(total).shape)
+        if alike or (other is None and called(total, aten.to.dtype)):
+            return Normed(layer, other, total)  # type: ignore[arg-type]
     return None
 
 
@@ -264,14 +283,21 @@ def rewrite_linear_norm(graph: Graph, node: Node, match: Normed) -> None:
     layer_norm = node.target is NORM_ANCHORS[0]
     x, weight, bias = match.layer.args
     params = node.args[1:3] if layer_norm else (node.args[1], None)
+    summed = node.kwargs["return_sum"]
+    if match.total is not None:
+        summed = len(match.total.users) > 1
     attrs: dict[str, Any] = {"eps": node.kwargs["eps"], "norm": "layer" if layer_norm else "rms"}
-    attrs |= {"cast": node.kwargs.get("cast", "torch"), "return_sum": node.kwargs["return_sum"]}
+    attrs |= {"cast": node.kwargs.get("cast", "torch"), "return_sum": summed}
     attrs["transpose_weight"] = match.layer.kwargs["transpose_weight"]
-    both = call(graph, TORCH_OPS["linear_norm"].overload, x, weight, bias, match.residual, *params, **attrs)
+    with graph.inserting_before(node if match.total is None else match.total.next):
+        both = call(graph, TORCH_OPS["linear_norm"].overload, x, weight, bias, match.residual, *params, **attrs)
+        outputs = item(graph, both, 0), item(graph, both, 1) if summed else None
     for user in list(node.users):
-        replace(user, item(graph, both, user.args[1]))  # type: ignore[arg-type]
+        replace(user, outputs[user.args[1]])  # type: ignore[arg-type, index]
         graph.erase_node(user)
     graph.erase_node(node)
+    if match.total is not None and outputs[1] is not None:
+        replace(match.total, outputs[1])
 
 
 def check_residual(node: Node) -> tuple[Node, Node] | None:

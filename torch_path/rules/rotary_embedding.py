@@ -173,12 +173,11 @@ def _neighbour(kind: Any) -> Part | None:
 
 
 def _uncast(end: Node, x: Node) -> tuple[Node, Node]:
-    """Before the cast to fp32, and after the cast back, of models that turn in fp32."""
-    if called(x, *_CASTS):
-        after = only_user(end, *_CASTS)
-        if after is not None and dtype_of(after) == dtype_of(x.args[0]):
-            return after, x.args[0]  # type: ignore[return-value]
-    return end, x
+    """Before the cast to fp32, and after the cast back, of models that turn in fp32; where the tables are fp32 (under
+    autocast) there is but the cast back."""
+    source: Any = x.args[0] if called(x, *_CASTS) else x
+    back = only_user(end, *_CASTS) if dtype_of(end) != dtype_of(source) else None
+    return (back, source) if back is not None and dtype_of(back) == dtype_of(source) else (end, x)
 
 
 def _whole_head(end: Node, x: Node, size: int) -> tuple[Node, Node]:
