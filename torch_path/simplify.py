@@ -28,6 +28,7 @@ from trimaran.torch_path.graph import (
     written,
 )
 
+_ORDERS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 _SPLITS = (*RESHAPES, aten.unflatten.int, aten.flatten.using_ints)
 
 
@@ -71,6 +72,8 @@ def _share(graph: Graph) -> bool:
 
 def _pure(node: Node) -> bool:
     target = node.target
+    if node.op == "get_attr":
+        return is_tensor(node)
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or not is_tensor(node):
         return False
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
@@ -94,11 +97,14 @@ def _respelt(graph: Graph, node: Node) -> Node | None:
 
 
 def _transpose(graph: Graph, node: Node) -> Node | None:
-    """A permute that exchanges two axes, and torch's other names for it, as transpose.int"""
+    """A permute that exchanges two axes, and torch's other names for it, as transpose.int of axes counted from the
+    front"""
     if called(node, aten.swapaxes.default, aten.swapdims.default, aten.mT.default):
         axes = node.args[1:] or (-1, -2)
     elif called(node, aten.t.default, aten.numpy_T.default) and is_tensor(node, rank=2):
         axes = (0, 1)
+    elif called(node, aten.transpose.int) and list(node.args[1:]) != sorted(axes_of(node)):
+        axes = tuple(sorted(axes_of(node)))
     elif called(node, aten.permute.default):
         given: Any = node.args[1]
         order = [axis % len(given) for axis in given]
@@ -196,7 +202,9 @@ def _same_cast(node: Node) -> Node | None:
     if not called(node, *casts) or not is_tensor(node) or not is_tensor(node.args[0]):
         return None
     before, after = value(node.args[0]), value(node)
-    layout = node.kwargs.get("memory_format") in (None, torch.preserve_format)
+    layout = not any(
+        arg in _ORDERS for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, torch.memory_format)
+    )
     alike = (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
     return node.args[0] if alike and layout and not _mutated(node) else None  # type: ignore[return-value]
 

@@ -87,8 +87,6 @@ def read_argument(reader: MaskReader, mask: Any, dtype: str) -> str | None:
     """Read sdpa's attn_mask."""
     if mask is None:
         return None
-    if not is_tensor(mask) or not 2 <= value(mask).dim() <= 4:
-        return "the mask is not a tensor of 2 to 4 dimensions"
     return reader.seen(Term(mask)) if value(mask).dtype == torch.bool else reader.added(Term(mask), dtype)
 
 

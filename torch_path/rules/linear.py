@@ -215,9 +215,11 @@ def check_shared(node: Node) -> list[Node] | None:
     return group if known and all(isinstance(value(layer).shape[-1], int) for layer in group) else None
 
 
-def foreign(node: Node) -> bool:
-    """An operator of somebody else's, which may count on rows that lie together."""
-    return getattr(node.target, "namespace", "aten") not in ("aten", "prims", "trimaran")
+def counts_on_memory(layer: Node) -> bool:
+    """Whether its rows must lie together: for an operator of somebody else's, and for as_strided."""
+    if any(getattr(user.target, "namespace", "aten") not in ("aten", "prims", "trimaran") for user in layer.users):
+        return True
+    return any(called(node, aten.as_strided.default) and base(node) is layer for node in layer.graph.nodes)
 
 
 def siblings(one: Node, other: Node) -> bool:
@@ -235,9 +237,10 @@ def rewrite_shared(graph: Graph, node: Node, match: list[Node]) -> None:
     ends = list(itertools.accumulate(value(layer).shape[-1] for layer in match))
     starts = [0, *ends]
     slices = [call(graph, aten.slice.Tensor, wide, -1, *span) for span in zip(starts, ends, strict=False)]
+    for i, layer in enumerate(match):
+        if counts_on_memory(layer):
+            slices[i] = call(graph, aten.contiguous.default, slices[i])
     for layer, part in zip(match, slices, strict=True):
-        if any(foreign(user) for user in layer.users):
-            part = call(graph, aten.contiguous.default, part)
         replace(layer, part)
         graph.erase_node(layer)
     for user in graph.nodes:  # rows are further apart now

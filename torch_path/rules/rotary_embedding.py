@@ -135,7 +135,8 @@ def _of_kinds(joined: Node, first: Any, second: Any) -> tuple[Node, Node, Any, A
             high, sin = _other(products[0], cos), _other(products[1], low)
             if {*products[0].args} == {high, cos} and {*first.args[1].args} == {high, sin} and low in products[1].args:
                 x = _kinds_of(low, high, joined)
-                return None if x is None else (joined, x, cos, sin)
+                if x is not None:
+                    return joined, x, cos, sin
     return None
 
 
@@ -175,9 +176,11 @@ def _neighbour(kind: Any) -> Part | None:
 def _uncast(end: Node, x: Node) -> tuple[Node, Node]:
     """Before the cast to fp32, and after the cast back, of models that turn in fp32; where the tables are fp32 (under
     autocast) there is but the cast back."""
-    source: Any = x.args[0] if called(x, *_CASTS) else x
-    back = only_user(end, *_CASTS) if dtype_of(end) != dtype_of(source) else None
-    return (back, source) if back is not None and dtype_of(back) == dtype_of(source) else (end, x)
+    back = only_user(end, *_CASTS)
+    for source in (x, x.args[0] if called(x, *_CASTS) else x):
+        if back is not None and dtype_of(back) == dtype_of(source) != dtype_of(end):
+            return back, source  # type: ignore[return-value]
+    return end, x
 
 
 def _whole_head(end: Node, x: Node, size: int) -> tuple[Node, Node]:

@@ -34,7 +34,8 @@ def uncast(node: Any) -> Any:
 
 
 def vector_of(node: Any, x: Node) -> Node | None:
-    """A weight or bias [N] for rows of x [.., N], before casts; None for anything else."""
-    while called(node, *CASTS):
+    """A weight or bias [N] for rows of x [.., N], in x's dtype where there are casts to choose from; None for anything
+    else."""
+    while called(node, *CASTS) and value(node).dtype != value(x).dtype:
         node = node.args[0]
     return node if is_tensor(node, rank=1) and same(value(node).shape[0], value(x).shape[-1]) else None
