@@ -25,6 +25,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"the packaged model {package} is not installed (extra: zoo)")
 
 
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Dynamo without what other tests compiled."""
+    import torch
+
+    torch._dynamo.reset()
+
+
 @cache
 def _why_no_gpu() -> str:
     """Empty where a CUDA device can be used."""

@@ -13,14 +13,10 @@ from torch import nn
 
 import trimaran
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 MOLECULES = "CC(=O)O.OCC>>CC(=O)OCC"  # acetic acid and ethanol give ethyl acetate
 SMILES = re.compile(r"\[[^\]]+\]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|>>?|[().=#+\-\\/:~@?*$%]|\d")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    hf.logging.disable_progress_bar()
 
 
 def folder(package: str) -> Path:

@@ -12,13 +12,10 @@ import trimaran
 from trimaran.torch_path import ops
 from trimaran.torch_path.optimize import untouched
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 HALVES = [torch.float16, torch.bfloat16]
 NAMES = ["bert", "t5-gated", "llama", "vit"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
 
 
 def error(got, exact):
