@@ -87,10 +87,34 @@ def test_grouped_heads_are_not_repeated(repeat, written_out):
     torch.testing.assert_close(graph(Q, k, v), attend(Q, k, v))
 
 
+def heads_last(x):
+    return x.transpose(1, 2)
+
+
+SPELT_OTHERWISE = {
+    "einsum": lambda q, k, v: torch.einsum("bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v),
+    "einsum, heads after positions": lambda q, k, v: heads_last(
+        torch.einsum("bhij,bjhd->bihd", torch.einsum("bihd,bjhd->bhij", *map(heads_last, (q, k))).softmax(-1),
+                     heads_last(v))),
+    "einsum, keys first": lambda q, k, v: torch.einsum(
+        "bhij,bhjd->bhid", torch.einsum("bhjd,bhid->bhij", k, q).softmax(-1), v),
+    "einsum, batch in the middle": lambda q, k, v: torch.einsum(
+        "bhij,jbhd->bhid", torch.einsum("ibhd,jbhd->bhij", *(x.permute(2, 0, 1, 3) for x in (q, k))).softmax(-1),
+        v.permute(2, 0, 1, 3)),
+    "one head of keys, broadcast": lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], scale=1.0),
+    "one head of keys, written out": lambda q, k, v: weights(q @ k[:, :1].mT, v[:, :1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELT_OTHERWISE)
+def test_attention_spelt_otherwise(name):
+    assert_found(SPELT_OTHERWISE[name], Q, K, V, op="attention", tolerance=1e-4, scale=1.0)
+
+
 def written_between(q, k, v):
     v = v + 1
     p = (q @ k.mT).softmax(-1)
-    v.mul_(v)
+    v[0].mul_(2)
     return p @ v
 
 
@@ -119,6 +143,25 @@ NO_ATTENTION = {
     "another head for values": (lambda q, k, v: weights(q @ k.mT, v[..., :4]), "v has a head dimension of 4, q and k"),
     "a mask of another dtype": (
         lambda q, k, v: weights((q @ k.mT + BIAS.double()).float(), v), "mask is float64"),
+    "dropped out": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=1.0),
+                    "it drops out attention weights with probability 1.0"),
+    "three dimensions": (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]),
+                         r"q has 3 dimensions, expected \[B, H, S, D\]"),
+    "causal from the start": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+                              "is_causal with different numbers of queries and keys"),
+    "queries of another batch": (lambda q, k, v: weights(q[:1] @ k.mT, v), "q has a batch of 1 and k of 2"),
+    "values of another batch": (lambda q, k, v: weights(q @ k.mT, v[:1]), "q has a batch of 2 and v of 1"),
+    "one head of queries": (lambda q, k, v: F.scaled_dot_product_attention(q[:, :1], k, v),
+                            "q has 1 heads and k 4, without enable_gqa"),
+    "one head of queries, written out": (lambda q, k, v: weights(q[:, :1] @ k.mT, v), "which do not share them evenly"),
+    "one head of keys, not of values": (lambda q, k, v: weights(q @ k[:, :1].mT, v), "k has 1 heads and v 4"),
+    "values of another dtype": (lambda q, k, v: weights(q @ k.mT, v.double(), dtype=torch.float64), "v is float64"),
+    "a capped mask": (lambda q, k, v: weights(torch.tanh((q @ k.mT).masked_fill(~CAUSAL, -1e9)) * 2, v),
+                      "before they are capped"),
+    "written before the product": (written_between, "v is written into before"),
+    "scaled by a tensor": (lambda q, k, v: torch.bmm((q[0] @ k[0].mT * k.sum()).softmax(-1), v[0]),
+                            "no product of queries and keys"),
+    "through something else": (lambda q, k, v: (q @ k.mT).softmax(-1).relu() @ v, None),
     "a classifier": (lambda q, k, v: (q @ k.mT).softmax(-1), None),
 }  # fmt: skip
 

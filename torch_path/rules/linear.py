@@ -277,7 +277,7 @@ def _mixed_sum(total: Node, norm: Node) -> Normed | None:
         if not is_plain(layer, total) or dtype_of(layer) == "float32" or read_later(layer, total):  # type: ignore[arg-type]
             continue
         alike = is_tensor(other) and dtype_of(other) == "float32" and same_shape(value(other).shape, value(total).shape)
-        if alike or (other is None and called(total, aten.to.dtype)):
+        if alike or (other is None and norm.args[1] is not None):  # something must say that y is fp32
             return Normed(layer, other, total)  # type: ignore[arg-type]
     return None
 
