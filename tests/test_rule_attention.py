@@ -161,7 +161,9 @@ NO_ATTENTION = {
     "written before the product": (written_between, "v is written into before"),
     "scaled by a tensor": (lambda q, k, v: torch.bmm((q[0] @ k[0].mT * k.sum()).softmax(-1), v[0]),
                             "no product of queries and keys"),
-    "through something else": (lambda q, k, v: (q @ k.mT).softmax(-1).relu() @ v, None),
+    "through something else": (lambda q, k, v: (q @ k.mT).softmax(-1).relu() @ v, "go through aten.relu.default"),
+    "to something else": (lambda q, k, v: (q @ k.mT).softmax(-1).relu().sum(), None),
+    "on a long way": (lambda q, k, v: (q @ k.mT).softmax(-1).relu().exp().sin().cos().tan().abs() @ v, None),
     "a classifier": (lambda q, k, v: (q @ k.mT).softmax(-1), None),
 }  # fmt: skip
 
