@@ -271,33 +271,6 @@ def test_inside_a_compiled_model():
     assert report.replaced == BLOCK
 
 
-def test_a_sentence_transformers_object_is_optimized_by_its_inner_model():
-    class Transformer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.auto_model = bert()
-
-        def forward(self, features):
-            return self.auto_model(**features).last_hidden_state
-
-    class SentenceTransformer(nn.Sequential):
-        def encode(self, features):
-            for module in self:
-                features = module.forward(features)
-            return features.mean(1)
-
-    model, inputs = SentenceTransformer(Transformer()).eval(), batch(pad=False)
-    with torch.no_grad():
-        expected = model.encode(inputs)
-        report = trimaran.optimize_model(model)
-        torch.testing.assert_close(model.encode(inputs), expected, rtol=1e-5, atol=1e-5)
-    assert report.replaced == BERT
-    assert trimaran.report(model) is report
-    trimaran.restore(model)
-    with torch.no_grad():
-        assert torch.equal(model.encode(inputs), expected)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernels_are_really_launched(dtype):
