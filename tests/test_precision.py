@@ -23,9 +23,10 @@ def error(got, exact):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", NAMES)
-def test_autocast(name, dtype):
-    model, call = build(name), inputs(name)
+@pytest.mark.parametrize("model", [*((name, "sdpa") for name in NAMES), ("llama", "eager")], ids="-".join)
+def test_autocast(model, dtype):
+    name, attention = model
+    model, call = build(name, attention), inputs(name)
     report = trimaran.optimize_model(model)
     with torch.no_grad():
         exact = tensors(copy.deepcopy(model).double()(**{**call, **doubled(call)}), call)
@@ -41,6 +42,7 @@ def test_autocast(name, dtype):
     assert len(report.graphs) == 2
     full, mixed = (graph.replaced for graph in report.graphs)
     assert mixed == full
+    assert not report.near_misses, report
     assert not report.fallbacks
 
 

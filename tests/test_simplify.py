@@ -85,6 +85,9 @@ CASES = {
     "permuted": (lambda x, y: x.permute(0, 2, 1) + y.mT + y.swapaxes(1, 2), {"transpose": 2, "permute": 0, "mT": 0}),
     "turned round": (lambda x, y: x.permute(2, 0, 1), {"permute": 1, "transpose": 0}),
     "matrices": (lambda x, y: x[0].t() + y[0].T, {"t": 0, "numpy_T": 0, "transpose": 2}),
+    "a cast of a view": (
+        lambda x, y: (x.sin().transpose(0, 1).unsqueeze(0).double(), y.mT.half()), {"to": 2, "unsqueeze": 1}),
+    "a cast of a view that is used": (lambda x, y: (lambda z: z.double() + z)(x.sin().mT), {"to": 1, "transpose": 1}),
     "in place": (added_in_place, {"add": 1, "add_": 0}),
     "into an input": (added_to_an_input, {"add_": 1}),
     "into a view": (added_to_a_view, {"add_": 1}),

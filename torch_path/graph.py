@@ -115,6 +115,15 @@ def replace(old: Node, new: Node) -> None:
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
+def erase(node: Node) -> None:
+    """Erase a node that nobody uses, and what is then of no use, so that no rule looks at it."""
+    sources = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in sources:
+        if not source.users and not source._erased and source.op == "call_function" and not source.is_impure():
+            erase(source)
+
+
 def written(node: Node) -> list[Node]:
     """The tensors that a call writes into."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:

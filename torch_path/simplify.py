@@ -28,6 +28,7 @@ from trimaran.torch_path.graph import (
     written,
 )
 
+_MOVES = (aten.transpose.int, aten.expand.default, aten.unsqueeze.default, aten.reshape.default)
 _ORDERS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 _SPLITS = (*RESHAPES, aten.unflatten.int, aten.flatten.using_ints)
 
@@ -93,7 +94,7 @@ def _respelt(graph: Graph, node: Node) -> Node | None:
     with graph.inserting_before(node):
         if called(node, aten.einsum.default):
             return as_product(graph, node)
-        return _transpose(graph, node) or _functional(graph, node)
+        return _transpose(graph, node) or _functional(graph, node) or _cast_below(graph, node)
 
 
 def _transpose(graph: Graph, node: Node) -> Node | None:
@@ -114,6 +115,18 @@ def _transpose(graph: Graph, node: Node) -> Node | None:
     else:
         return None
     return call(graph, aten.transpose.int, node.args[0], *axes)
+
+
+def _cast_below(graph: Graph, node: Node) -> Node | None:
+    """The view of a cast instead of the cast of a view, as autocast writes it."""
+    view = node.args[0] if node.args else None
+    if not called(node, aten.to.dtype) or len(node.args) != 2 or node.kwargs or _mutated(node):
+        return None
+    if not called(view, *_MOVES) or len(view.users) != 1:  # type: ignore[union-attr]
+        return None
+    target: Any = view.target  # type: ignore[union-attr]
+    cast = call(graph, aten.to.dtype, view.args[0], node.args[1])  # type: ignore[union-attr]
+    return call(graph, target, cast, *view.args[1:], **view.kwargs)  # type: ignore[union-attr]
 
 
 def _functional(graph: Graph, node: Node) -> Node | None:

@@ -25,6 +25,7 @@ from trimaran.torch_path.graph import (
     call,
     called,
     dtype_of,
+    erase,
     is_tensor,
     part_of,
     same,
@@ -240,7 +241,7 @@ def rewrite_rotary(graph: Graph, node: Node, match: Pair) -> None:
                 made = call(graph, aten.transpose.int, split, 1, 2)
             replace_node(turned.end, _heads_first(graph, turned, made))
     for turned in both:
-        graph.erase_node(turned.end)
+        erase(turned.end)
 
 
 def _heads_first(graph: Graph, turned: Turned, x: Node) -> Node:
