@@ -150,3 +150,22 @@ def test_another_dtype_wants_a_restored_model():
     trimaran.optimize_model(model)
     with pytest.raises(ValueError, match="the model is optimized with None: restore it first"):
         trimaran.optimize_model(model, dtype=torch.float16)
+
+
+class Product(nn.Module):
+    """A product of fp32 within a region where autocast is off, which rules write anew."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            scores = torch.einsum("bid,bjd->bij", x, x)
+        return scores.softmax(-1) + scores
+
+
+def test_what_rules_write_is_not_cast_again():
+    model, x = Product().eval(), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        expected = model(x)
+        trimaran.optimize_model(model)
+        ours = model(x)
+    assert ours.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(ours, expected)

@@ -183,7 +183,8 @@ class OptimizedCall:
         mixed = autocast.concerns(graph)
         if mixed:
             autocast.explicit_casts(graph, self.stays_in_fp32)
-        self.report.graphs.append(rewrite(graph, self.rules))
+        with torch._C._DisableAutocast():  # its casts are in the graph by now
+            self.report.graphs.append(rewrite(graph, self.rules))
         run: Callable[..., Any] = graph.forward
         if self.dtype is not None:
             parameters = [i for i, given in enumerate(example_inputs) if isinstance(given, torch.nn.Parameter)]
