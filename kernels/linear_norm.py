@@ -4,8 +4,9 @@
     y   = norm(sum)                         layer_norm or rms_norm, over the last dimension
 
 x: [.., K]; weight: [N, K], or [K, N] where `transpose_weight`; bias, norm_weight, norm_bias: [N]; residual, y, sum:
-[.., N]. fp32, fp16 or bf16, all alike. Accumulated in fp32 (never TF32); a GPU's plan declines fp32. `norm` is "layer",
-or "rms" with rms_norm's `cast` and without norm_bias. `sum` is written only where it is asked for.
+[.., N]. fp32, fp16 or bf16, all alike; or, as under autocast, all but x, weight and bias in fp32. Accumulated in fp32
+(never TF32); a GPU's plan declines x in fp32. `norm` is "layer", or "rms" with rms_norm's `cast` and without norm_bias.
+`sum` is written only where it is asked for.
 
 For few rows the product is left in fp32, in parts of the depth K where that is large, and the kernel that adds the
 parts, in their order, does the rest. For many rows the linear layer and the norm run one after the other.
@@ -39,6 +40,7 @@ from trimaran.kernels.matmul import check_device, check_vectors, left_to_vendor,
 from trimaran.kernels.rms_norm import scaled
 from trimaran.kernels.sizes import contiguous_strides, power_of_2, product
 
+FLOATS = ("float32", "float16", "bfloat16")
 JOINED_ROWS = 256
 JOINED_COLUMNS = 4096  # a row, times the parts, is held in registers
 PARTS = 3  # of the depth, where linear's table does not say
@@ -105,7 +107,10 @@ def infer(inputs: Any, attrs: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(f"linear_norm: cast is {attrs.cast!r}, expected 'torch' for norm='layer'")
     shape = (*x.shape[:-1], columns)
     expect_shape("linear_norm", "residual", inputs.residual, shape, "the shape of y")
-    return Tensor(x.dtype, shape), Tensor(x.dtype, shape)
+    given = next((t for t in (inputs.residual, inputs.norm_weight, inputs.norm_bias) if t is not None), x)
+    if given.dtype not in (x.dtype, "float32"):
+        raise TypeError(f"linear_norm: residual and norm are {given.dtype}, expected {x.dtype} as x is, or float32")
+    return Tensor(given.dtype, shape), Tensor(given.dtype, shape)
 
 
 def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
@@ -152,16 +157,19 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
 
 
 def one_after_the_other(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
-    """linear with the residual into the sum, then the norm of the sum."""
-    shape, dtype = outputs.y.shape, inputs.x.dtype
-    total = outputs.sum or Tensor(dtype, shape, contiguous_strides(shape))
-    place = outputs.sum or Scratch(dtype, product(shape))
+    """linear with the residual into the sum, then the norm of the sum; or, where the layer is computed in another dtype
+    than they have, linear, and then the norm, which adds."""
+    shape, mixed = outputs.y.shape, outputs.y.dtype != inputs.x.dtype
+    dtype, total = inputs.x.dtype, None if mixed else outputs.sum
+    place = total or Scratch(dtype, product(shape))
     own = SimpleNamespace(activation="none", transpose_weight=attrs.transpose_weight)
     layer = linear_plan.bare(inputs)
-    layer.bias, layer.residual = inputs.bias, inputs.residual
+    layer.bias, layer.residual = inputs.bias, None if mixed else inputs.residual
     first = linear_plan.launches(layer, place, shape[-1], own, device)
-    norm_inputs = SimpleNamespace(x=total, weight=inputs.norm_weight, bias=inputs.norm_bias, residual=None)
-    norm_outputs = SimpleNamespace(y=outputs.y, sum=None)
+    x = total or Tensor(dtype, shape, contiguous_strides(shape))
+    residual = inputs.residual if mixed else None
+    norm_inputs = SimpleNamespace(x=x, weight=inputs.norm_weight, bias=inputs.norm_bias, residual=residual)
+    norm_outputs = SimpleNamespace(y=outputs.y, sum=outputs.sum if mixed else None)
     norm = layer_norm if attrs.norm == "layer" else rms_norm
     second = norm.plan(norm_inputs, norm_outputs, SimpleNamespace(eps=attrs.eps, cast=attrs.cast), device)
     return [*first, *(replace(launch, args={**launch.args, "x_ptr": place}) for launch in second)]
@@ -184,6 +192,7 @@ def linear_norm_reference(
 
     total = torch.nn.functional.linear(x, weight.t() if transpose_weight else weight, bias)
     total = total if residual is None else total + residual
+    total = total if norm_weight is None else total.to(norm_weight.dtype)
     if norm == "rms":
         return rms_norm.rms_norm_reference(total, norm_weight, None, eps=eps, cast=cast)[0], total
     return layer_norm.layer_norm_reference(total, norm_weight, norm_bias, None, eps=eps)[0], total
@@ -191,8 +200,10 @@ def linear_norm_reference(
 
 def body(g: Any, inputs: Any, attrs: Any) -> tuple[Any, Any]:
     total = g.MatMul(inputs.x, inputs.weight if attrs.transpose_weight else g.Transpose(inputs.weight, perm=[1, 0]))
-    for term in (inputs.bias, inputs.residual):
-        total = total if term is None else g.Add(total, term)
+    total = total if inputs.bias is None else g.Add(total, inputs.bias)
+    if g.types.get("R", g.types["T"]) != g.types["T"]:
+        total = g.cast(total, g.types["R"])
+    total = total if inputs.residual is None else g.Add(total, inputs.residual)
     norm = layer_norm if attrs.norm == "layer" else rms_norm
     given = SimpleNamespace(x=total, weight=inputs.norm_weight, bias=inputs.norm_bias, residual=None)
     return norm.body(g, given, SimpleNamespace(eps=attrs.eps, cast=attrs.cast))[0], total
@@ -205,18 +216,18 @@ linear_norm = Op(
         Input("x"),
         Input("weight"),
         Input("bias", optional=True),
-        Input("residual", optional=True),
-        Input("norm_weight", optional=True),
-        Input("norm_bias", optional=True),
+        Input("residual", "R", optional=True),
+        Input("norm_weight", "R", optional=True),
+        Input("norm_bias", "R", optional=True),
     ),
-    outputs=(Output("y"), Output("sum", optional=True)),
+    outputs=(Output("y", "R"), Output("sum", "R", optional=True)),
     attrs=(
         Attr("eps", "float"),
         Attr("norm", "string", choices=("layer", "rms")),
         Attr("cast", "string", "torch", choices=("torch", "llama", "gemma")),
         Attr("transpose_weight", "bool", False),
     ),
-    types={"T": ("float32", "float16", "bfloat16")},
+    types={"T": FLOATS, "R": FLOATS},
     infer=infer,
     plan=plan,
     reference=linear_norm_reference,

@@ -81,6 +81,18 @@ def test_rms(device, cast, residual, table):
     check(inputs, "rms", cast=cast)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_under_autocast(device, dtype, norm, residual, table):
+    """The layer in half precision, everything after it in fp32."""
+    inputs = tensors(device, torch.float32, (9, 64), 96, residual=residual, norm_bias=norm == "layer")
+    inputs[:3] = (tensor.to(dtype) for tensor in inputs[:3])
+    y, total = check(inputs, norm)
+    assert y.dtype == total.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("device", "dtype"), EXACT_PLACES, ids=str)
 @pytest.mark.parametrize("absent", ["bias", "residual", "weight", "norm_bias"])
 @pytest.mark.parametrize("return_sum", [False, True])
@@ -120,6 +132,13 @@ def test_a_spaced_residual(device, dtype, table):
     wide = torch.zeros(6, 100, device=device, dtype=dtype)
     wide[:, 5:53] = residual
     check([x, weight, bias, wide[:, 5:53], *rest])
+
+
+def test_other_dtypes_do_not_mix():
+    inputs = [t.half() for t in tensors("cpu", torch.float32, (9, 64), 96)]
+    inputs[3:] = (t.bfloat16() for t in inputs[3:])
+    with pytest.raises(TypeError, match="residual and norm are bfloat16, expected float16 as x is, or float32"):
+        torch.ops.trimaran.linear_norm(*inputs, eps=1e-5, norm="layer")
 
 
 def planned(shape, columns, dtype="float16", **facts):

@@ -102,13 +102,13 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
 
 
 def inner_model(model: Any) -> torch.nn.Module:
-    """The module whose calls count: of a sentence-transformers object, which runs its parts by itself, the transformer
-    in its first part. TypeError for what is no module."""
+    """The module whose calls count: of a sentence-transformers object, which runs its parts by itself, the first part,
+    which calls `forward` of the transformer in it. TypeError for what is no module."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(model, torch.nn.Sequential) and hasattr(model, "encode") and len(model):
-        inner = getattr(model[0], "auto_model", None)
-        return inner if isinstance(inner, torch.nn.Module) else model
+        first: torch.nn.Module = model[0]
+        return first if isinstance(getattr(first, "auto_model", None), torch.nn.Module) else model
     return model
 
 
@@ -183,7 +183,8 @@ class OptimizedCall:
         mixed = autocast.concerns(graph)
         if mixed:
             autocast.explicit_casts(graph, self.stays_in_fp32)
-        self.report.graphs.append(rewrite(graph, self.rules))
+        with torch._C._DisableAutocast():  # its casts are in the graph by now
+            self.report.graphs.append(rewrite(graph, self.rules))
         run: Callable[..., Any] = graph.forward
         if self.dtype is not None:
             parameters = [i for i, given in enumerate(example_inputs) if isinstance(given, torch.nn.Parameter)]

@@ -107,7 +107,7 @@ class MaskReader:
         if split is not None:
             condition, kept, fill, hides = split
             self.mask.finite |= fill != float("-inf")
-            return self.seen(replace(term.of(condition), hidden=hides)) or self.added(term.of(kept), dtype)
+            return self.seen(replace(term.of(condition), hidden=hides, factor=1.0)) or self.added(term.of(kept), dtype)
         if called(term.node, aten.triu.default) and not term.views and self.upper_triangle(term.node):
             return None
         if dtype_of(term.node) != dtype:
