@@ -39,14 +39,31 @@ _FOLDED: dict[str, Callable[..., Any]] = {
     "Identity": lambda x: x,
     "Not": np.logical_not,
 }
+RESHAPES = ("Reshape", "Squeeze", "Unsqueeze")
 attribute = attr
 
 
 def source(value: ir.Value | None) -> ir.Value | None:
     """The value before nodes that change nothing."""
-    while value is not None and (node := value.producer()) is not None and changes_nothing(node):
-        value = node.inputs[0]
+    while value is not None and (node := value.producer()) is not None:
+        if changes_nothing(node):
+            value = node.inputs[0]
+        elif (before := back_and_forth(node)) is not None:
+            value = before
+        else:
+            break
     return value
+
+
+def back_and_forth(node: ir.Node) -> ir.Value | None:
+    """What a Reshape gives the shape back that it had before another one."""
+    forth = node.inputs[0].producer() if node.op_type in RESHAPES and node.inputs and node.inputs[0] else None
+    while forth is not None and changes_nothing(forth):
+        forth = forth.inputs[0].producer() if forth.inputs[0] is not None else None
+    if forth is None or forth.op_type not in RESHAPES or {node.domain, forth.domain} - {*STANDARD}:
+        return None
+    before = dims(forth.inputs[0])
+    return forth.inputs[0] if before is not None and before == dims(node.outputs[0]) else None
 
 
 def changes_nothing(node: ir.Node) -> bool:
@@ -57,9 +74,9 @@ def changes_nothing(node: ir.Node) -> bool:
         used = any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
         off = constant(training)
         return not used and (training is None or (off is not None and not off.any()))
-    if node.op_type == "Cast":
+    if node.op_type in ("Cast", "CastLike"):
         return node.inputs[0].dtype is not None and node.inputs[0].dtype == node.outputs[0].dtype
-    if node.op_type in ("Reshape", "Expand", "Squeeze", "Unsqueeze"):
+    if node.op_type in (*RESHAPES, "Expand"):
         before = dims(node.inputs[0])
         return before is not None and before == dims(node.outputs[0])
     if node.op_type == "Transpose":

@@ -37,6 +37,9 @@ _NUMBERS: dict[str, Callable[[Any, Any], Any]] = {
     "Sub": lambda a, b: a - b,
     "Mul": lambda a, b: a * b,
     "Div": lambda a, b: quotient(a, b),
+    "Mod": lambda a, b: a % b if b else None,
+    "And": lambda a, b: a * b,
+    "Or": lambda a, b: max(a, b) if isinstance(a, int) and isinstance(b, int) else None,
 }
 
 
@@ -116,9 +119,14 @@ def numbers(value: ir.Value | None) -> list[Any] | None:
         return None
     if "numbers" not in value.meta:
         tensor = fixed(value)
-        small = tensor is not None and tensor.dtype.is_integer() and tensor.size <= MOST_NUMBERS
+        small = tensor is not None and counts(tensor.dtype) and tensor.size <= MOST_NUMBERS
         value.meta["numbers"] = [int(n) for n in tensor.numpy().reshape(-1)] if small and tensor is not None else None
     return value.meta["numbers"]  # type: ignore[no-any-return]
+
+
+def counts(dtype: ir.DataType) -> bool:
+    """Whether contents of this type are followed: integers, and bool as 0 and 1."""
+    return dtype.is_integer() or dtype == ir.DataType.BOOL
 
 
 def fixed(value: ir.Value) -> ir.TensorProtocol | None:
@@ -219,8 +227,8 @@ def contents(node: ir.Node) -> list[Any] | None:
         known = isinstance(length, int) and length <= MOST_NUMBERS and tensor is not None and tensor.dtype.is_integer()
         return [int(tensor.numpy().reshape(-1)[0])] * length if known and length is not None else None
     if op in ("Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape"):
-        integer = node.outputs[0].dtype is None or node.outputs[0].dtype.is_integer()
-        return whole if integer else None
+        dtype = node.outputs[0].dtype
+        return whole if dtype is None or dtype.is_integer() else None
     if op == "Concat":
         parts = [numbers(value) for value in inputs]
         return None if any(p is None for p in parts) else [n for p in parts for n in p or ()]
@@ -228,8 +236,10 @@ def contents(node: ir.Node) -> list[Any] | None:
         return gathered(whole, numbers(inputs[1]))
     if op == "Slice":
         return sliced_numbers(node, whole)
-    if op in _NUMBERS:
-        return computed(op, whole, numbers(inputs[1]))
+    if op == "Not":
+        return [None if n is None else 1 - n for n in whole]
+    if op in _NUMBERS or op == "Equal":
+        return computed(_NUMBERS.get(op, equal), whole, numbers(inputs[1]))
     if op == "Where":
         return chosen(node, whole)
     return None
@@ -240,7 +250,7 @@ def constant_numbers(node: ir.Node) -> list[Any] | None:
         if name in node.attributes:
             return list(np.atleast_1d(node.attributes[name].value))
     tensor = attr(node, "value", None)
-    small = tensor is not None and tensor.dtype.is_integer() and tensor.size <= MOST_NUMBERS
+    small = tensor is not None and counts(tensor.dtype) and tensor.size <= MOST_NUMBERS
     return [int(n) for n in tensor.numpy().reshape(-1)] if small else None
 
 
@@ -256,30 +266,29 @@ def sliced_numbers(node: ir.Node, whole: list[Any]) -> list[Any] | None:
     return whole[slice(*bounds[0])] if all(isinstance(n, int) for n in bounds[0]) else None
 
 
-def computed(op: str, left: list[Any], right: list[Any] | None) -> list[Any] | None:
+def computed(function: Callable[[Any, Any], Any], left: list[Any], right: list[Any] | None) -> list[Any] | None:
     if right is None or (len(left) != len(right) and 1 not in (len(left), len(right))):
         return None
     length = max(len(left), len(right))
     pairs = zip(left * (length // len(left)), right * (length // len(right)), strict=True) if left and right else ()
-    return [None if a is None or b is None else plain(_NUMBERS[op](a, b)) for a, b in pairs]
+    return [None if a is None or b is None else plain(function(a, b)) for a, b in pairs]
+
+
+def equal(a: Any, b: Any) -> int | None:
+    """1 or 0 where that is known: a size is never negative."""
+    if a is None or b is None or (a != b and any(isinstance(n, sympy.Expr) for n in (a, b)) and -1 not in (a, b)):
+        return None
+    return int(a == b)
 
 
 def chosen(node: ir.Node, whole: list[Any]) -> list[Any] | None:
-    """Where(Equal(shape, -1), other, shape), as exporters write the sizes of an Expand: a size is never negative."""
-    test = node.inputs[0].producer() if node.inputs[0] is not None else None
-    other = numbers(node.inputs[2])
-    if test is None or test.op_type != "Equal" or other is None or len(whole) not in (1, len(other)):
+    """Where(Equal(shape, -1), other, shape), as exporters write the sizes of an Expand."""
+    test, other = numbers(node.inputs[0]), numbers(node.inputs[2])
+    if not test or not other or not whole:
         return None
-    whole = whole * (len(other) // len(whole))
-    sides = [numbers(value) for value in test.inputs]
-    found = []
-    for index, (yes, no) in enumerate(zip(whole, other, strict=True)):
-        pair = [side[index % len(side)] if side else None for side in sides]
-        equal = pair[0] == pair[1] if all(isinstance(n, int) for n in pair) else None
-        if equal is None and -1 in pair and any(isinstance(n, sympy.Expr) for n in pair):
-            equal = False
-        found.append(None if equal is None else yes if equal else no)
-    return found
+    length = max(len(test), len(whole), len(other))
+    columns = (part * (length // len(part)) for part in (test, whole, other))
+    return [None if c is None else a if c else b for c, a, b in zip(*columns, strict=True)]
 
 
 # ---- shapes
@@ -462,6 +471,10 @@ def filled(node: ir.Node) -> Any:
     return None if sizes is None else tuple(sizes)
 
 
+def gathered_elements(node: ir.Node) -> Any:
+    return dims(node.inputs[1])
+
+
 def flatten(node: ir.Node) -> Any:
     shape = dims(node.inputs[0])
     if shape is None:
@@ -487,4 +500,5 @@ _READERS: dict[str, Callable[[ir.Node], Any]] = {
     "Range": ranged,
     "ConstantOfShape": filled,
     "Flatten": flatten,
+    "GatherElements": gathered_elements,
 }

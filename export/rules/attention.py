@@ -24,6 +24,8 @@ from trimaran.export.onnx_graph import (
     replace_value,
     same,
     same_dims,
+    source,
+    uncast,
 )
 from trimaran.export.report import Fault
 from trimaran.export.rules.heads import PLAIN, ROWS, Operand, as_heads, as_rows, lifted, put_back, unrepeated
@@ -64,6 +66,9 @@ def from_softmax(node: ir.Node, opset: int) -> Attention | str | None:
     if axis not in (-1, len(shape) - 1):
         return f"a softmax over axis {axis} of {len(shape)}, not over the last"
     found = Attention(scores.q, scores.k, product.v, scores.scale, Mask(), product.out, product.order, scores.softcap)
+    added = {source(uncast(term.value)) for term in scores.terms}
+    if any(source(uncast(guard)) not in added for guard in product.guards):
+        return "its weights are zero where something else than its mask says so"
     whole = split(found, node, scores)
     if isinstance(whole, str):
         return whole

@@ -24,7 +24,7 @@ from trimaran.export.report import Fault
 from trimaran.export.rules import attention as written_out
 from trimaran.export.rules.attention import Attention, checked, from_softmax
 from trimaran.export.rules.heads import ROWS, Operand, as_heads, followed
-from trimaran.export.rules.masks import Mask, MaskReader, Term
+from trimaran.export.rules.masks import Mask, MaskReader, Term, tighter
 from trimaran.export.shapes import plain
 from trimaran.kernels.attention import MAX_HEAD_DIM, attention
 
@@ -69,8 +69,6 @@ def from_operator(node: ir.Node) -> Attention | Prepared | str:
     if len(node.outputs) > 3 and used(node.outputs[3]):
         return "its scores are used"
     heads = attribute(node, "q_num_heads", 0), attribute(node, "kv_num_heads", 0)
-    if any(attribute(node, name, -1) != -1 for name in ("left_window_size", "right_window_size")):
-        return "its window is not supported yet"
     ranks = {len(dims(value) or ()) for value in (q, k, v)}
     if ranks not in ({3}, {4}) or (ranks == {3} and not all(heads)):
         return f"q has shape {readable(dims(q))}, expected [B, H, S, D], or [B, S, H*D] and numbers of heads"
@@ -102,6 +100,12 @@ def from_operator(node: ir.Node) -> Attention | Prepared | str:
         if lengths is not None:
             return "is_causal with lengths counts from each length"
         reader.mask.right = 0
+    left, right = (attribute(node, f"{side}_window_size", -1) for side in ("left", "right"))
+    if (left, right) != (-1, -1):
+        if lengths is not None or not same(shape[2], key_shape[2]):
+            return "its window, with lengths or different numbers of queries and keys, is not counted from the end"
+        reader.mask.left = tighter(reader.mask.left, left if left >= 0 else None)
+        reader.mask.right = tighter(reader.mask.right, right if right >= 0 else None)
     scale = attribute(node, "scale", None)
     scale = shape[3] ** -0.5 if scale is None else float(scale)
     make = partial(

@@ -218,7 +218,11 @@ def fill_of(value: ir.Value | None, depth: int = 8) -> Any:
             if array.size and array.dtype.kind in "biuf" and (array == array.flat[0]).all()
             else None
         )
-    node = made_by(value, "ConstantOfShape", "Expand", "Reshape", "Unsqueeze", "Cast", "Trilu") if depth else None
+    node = (
+        made_by(value, "ConstantOfShape", "Expand", "Reshape", "Unsqueeze", "Cast", "CastLike", "Trilu")
+        if depth
+        else None
+    )
     if node is None:
         return None
     if node.op_type == "ConstantOfShape":

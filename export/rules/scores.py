@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 
-from trimaran.export.onnx_graph import dims, dtype_of, made_by, only_user, scalar, source, standard, users
+from trimaran.export.onnx_graph import dims, dtype_of, made_by, only_user, scalar, sides, source, standard, users
 from trimaran.export.rules.heads import Operand, followed
 from trimaran.export.rules.masks import HIDES, Term, masked_value
 from trimaran.export.rules.positions import fill_of
-from trimaran.export.shapes import attr
+from trimaran.export.shapes import attr, given
 
 PLAIN = (0, 1, 2, 3)
 FLOATS = ("float32", "float16", "bfloat16")
@@ -198,20 +199,22 @@ class Weighted:
     v: Operand
     out: ir.Value
     order: tuple[int, ...] = PLAIN
-    factor: float = 1.0
+    guards: tuple[ir.Value, ...] = ()  # of what rows that are all -inf were made zero
 
 
 def weighted_values(softmax: ir.Node) -> Weighted | str | None:
     """None where no such product follows, a str where more than that does."""
     value = softmax.outputs[0]
+    guards: list[ir.Value] = []
     while True:
-        value = safe(value)
+        value = guarded(safe(value), guards)
         nodes = users(value)
         product = next((n for n in nodes if is_product(n) and source(n.inputs[0]) is value), None)
         if product is not None:
             if len(nodes) > 1 or value.is_graph_output():
                 return "its weights are used by something else too"
-            return _weighted(product)
+            found = _weighted(product)
+            return replace(found, guards=tuple(guards)) if isinstance(found, Weighted) else found
         step = only_user(value, "Cast", "Reshape", "Dropout")
         if step is None:
             return None
@@ -232,6 +235,20 @@ def _weighted(product: ir.Node) -> Weighted | str | None:
         plain = Operand(product.inputs[1], orders[1]) if product.inputs[1] is not None and alpha == 1.0 else None
         return None if plain is None else Weighted(plain, product.outputs[0], orders[2])
     return Weighted(v, product.outputs[0], orders[2])
+
+
+def guarded(value: ir.Value, guards: list[ir.Value]) -> ir.Value:
+    """The softmax, or `Where(ReduceMax(bias) == -inf, 0, softmax)` around it; the bias goes to the guards."""
+    where = only_user(value, "Where")
+    if where is None or source(where.inputs[2]) is not value or fill_of(where.inputs[1]) != 0.0:
+        return value
+    for largest, low in sides(made_by(where.inputs[0], "Equal")):
+        node = made_by(largest, "ReduceMax")
+        bias = node.inputs[0] if node is not None and attr(node, "keepdims", 1) else None
+        if node is not None and bias is not None and given(node, "axes", 1) in ([-1], [3]) and fill_of(low) == -np.inf:
+            guards.append(bias)
+            return where.outputs[0]
+    return value
 
 
 def safe(value: ir.Value) -> ir.Value:
