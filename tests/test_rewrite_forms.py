@@ -1,4 +1,4 @@
-"""One formula, many spellings: graphs as exporters write them that torch's are not, by hand. Each is rewritten, and gives
+"""One formula, many spellings: graphs by hand, as exporters other than torch's write them. Each is rewritten, and gives
 what it gave before (the rewriter runs both)."""
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ PARAMETERS = (
 )
 NORMS = {
     "the operator": "y = LayerNormalization <epsilon = 0.001> (x, w, c)",
-    "pow, sqrt, div": """m = ReduceMean <axes = [-1]> (x) d = Sub (x, m) p = Pow (d, two) v = ReduceMean <axes = [-1]> (p)
-        a = Add (v, eps) r = Sqrt (a) n = Div (d, r) g = Mul (n, w) y = Add (g, c)""",
+    "pow, sqrt, div": """m = ReduceMean <axes = [-1]> (x) d = Sub (x, m) p = Pow (d, two)
+        v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) r = Sqrt (a) n = Div (d, r) g = Mul (n, w) y = Add (g, c)""",
     "mul self, reciprocal, operands commuted": """m = ReduceMean <axes = [2]> (x) d = Sub (x, m) p = Mul (d, d)
         v = ReduceMean <axes = [2]> (p) a = Add (eps, v) r = Sqrt (a) i = Reciprocal (r) n = Mul (i, d) g = Mul (w, n)
         y = Add (c, g)""",
@@ -86,8 +86,8 @@ NORMS = {
         t = ReduceSum <keepdims = 1> (x, ax) m = Div (t, eight) d = Sub (x, m) p = Mul (d, d)
         tt = ReduceSum <keepdims = 1> (p, ax) v = Div (tt, eight) a = Add (v, eps) r = Sqrt (a) n = Div (d, r)
         g = Mul (n, w) y = Add (g, c)""",
-    "a power of minus one half": """h = Constant <value = float {-0.5}> () m = ReduceMean <axes = [-1]> (x) d = Sub (x, m)
-        p = Mul (d, d) v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) i = Pow (a, h) n = Mul (d, i) g = Mul (n, w)
+    "a power of minus one half": """h = Constant <value = float {-0.5}> () m = ReduceMean <axes = [-1]> (x)
+        d = Sub (x, m) p = Mul (d, d) v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) i = Pow (a, h) n = Mul (d, i) g = Mul (n, w)
         y = Add (g, c)""",
     "an exporter's identities and wide parameters": """w3 = Constant <value = int64[3] {1, 1, 8}> () wi = Identity (w)
         ww = Reshape (wi, w3) m = ReduceMean <axes = [-1]> (x) xi = Identity (x) d = Sub (xi, m) p = Mul (d, d)
@@ -97,8 +97,8 @@ NORMS = {
         a = Add (v, eps) r = Sqrt (a) n = Div (d, r) g = Mul (n, w) y = Add (g, c)""",
 }
 RMS = {
-    "pow, reciprocal": """p = Pow (x, two) q = ReduceMean <axes = [-1]> (p) a = Add (q, eps) r = Sqrt (a) i = Reciprocal (r)
-        n = Mul (x, i) y = Mul (n, w)""",
+    "pow, reciprocal": """p = Pow (x, two) q = ReduceMean <axes = [-1]> (p) a = Add (q, eps) r = Sqrt (a)
+        i = Reciprocal (r) n = Mul (x, i) y = Mul (n, w)""",
     "one over the root, commuted": """p = Mul (x, x) q = ReduceMean <axes = [-1]> (p) a = Add (eps, q) r = Sqrt (a)
         i = Div (one, r) k = Mul (w, i) y = Mul (k, x)""",
     "gemma": """k = Add (one, w) p = Mul (x, x) q = ReduceMean <axes = [-1]> (p) a = Add (q, eps) r = Sqrt (a)
@@ -157,12 +157,12 @@ def test_norms_that_are_none(body, reason, tmp_path):
 
 # ---- linear layers and activations, in half precision
 
-HALF = "float[8, 4] w = {%s}, float[4] c = {0.5, -0.5, 0.25, 1.0}" % ", ".join(str((i % 7 - 3) / 8) for i in range(32))
+WEIGHT = ", ".join(str((i % 7 - 3) / 8) for i in range(32))
+HALF = f"float[8, 4] w = {{{WEIGHT}}}, float[4] c = {{0.5, -0.5, 0.25, 1.0}}"
+NUMBERS_OF = {"half": 0.5, "one": 1.0, "root": 1.4142, "inv": 0.7071, "three": 3.0, "cub": 0.044715, "sl": 0.79788}
 CONSTANTS = {
-    name: f"{name} = Constant <value = float {{{value}}}> ()"
-    for name, value in {"half": 0.5, "one": 1.0, "root": 1.4142, "inv": 0.7071, "three": 3.0, "cub": 0.044715, "sl": 0.79788,
-                        "q": 1.702}.items()
-}  # fmt: skip
+    name: f"{name} = Constant <value = float {{{value}}}> ()" for name, value in {**NUMBERS_OF, "q": 1.702}.items()
+}
 ACTIVATED = {
     "relu": "y = Relu (l)",
     "tanh": "y = Tanh (l)",
@@ -202,7 +202,8 @@ def test_a_layer_whose_result_is_wanted_keeps_it(tmp_path):
 
 GATED = {
     "two layers": "a = MatMul (x, w) u = MatMul (x, v) g = Sigmoid (a) s = Mul (a, g) y = Mul (s, u)",
-    "one layer split": """z = MatMul (x, wide) a, u = Split <axis = -1> (z) g = Sigmoid (a) s = Mul (a, g) y = Mul (u, s)""",
+    "one layer split": """z = MatMul (x, wide) a, u = Split <axis = -1> (z) g = Sigmoid (a) s = Mul (a, g)
+        y = Mul (u, s)""",
     "one layer sliced": """zero = Constant <value = int64[1] {0}> () four = Constant <value = int64[1] {4}> ()
         eight = Constant <value = int64[1] {8}> () ax = Constant <value = int64[1] {2}> () z = MatMul (x, wide)
         u = Slice (z, zero, four, ax) a = Slice (z, four, eight, ax) g = Sigmoid (a) s = Mul (a, g) y = Mul (u, s)""",
@@ -274,7 +275,8 @@ def test_interleaved_rotary_embeddings(tmp_path):
     """As GPT-J turns neighbours."""
     body = f"""{NUMBERS} end = Constant <value = int64[1] {{9223372036854775807}}> () even = Slice (x, n0, end, n3, n2)
         odd = Slice (x, n1, end, n3, n2) m = Neg (odd) u = Unsqueeze (m, n4) v = Unsqueeze (even, n4)
-        r5 = Concat <axis = -1> (u, v) sh = Shape (x) r = Reshape (r5, sh) a = Mul (x, cos) e = Mul (r, sin) y = Add (a, e)"""
+        r5 = Concat <axis = -1> (u, v) sh = Shape (x) r = Reshape (r5, sh) a = Mul (x, cos) e = Mul (r, sin)
+        y = Add (a, e)"""
     report, (node,) = rewritten(model(body, HEADS, "float[b, 2, s, 8] y"), tmp_path)
     assert report.replaced == {"rotary_embedding": 1}
     assert node.attributes["interleaved"].value == 1
@@ -302,12 +304,12 @@ ATTENTION = {
         o = Einsum <equation = "bhqk,bkhd->bqhd"> (w, k) y = Reshape (o, three)""",
     "paddle: transposed products, scale first": f"""{SPLIT} {MERGE} qr = Reshape (x, four)
         q = Transpose <perm = [0, 2, 1, 3]> (qr) kr = Reshape (z, four) k = Transpose <perm = [0, 2, 1, 3]> (kr)
-        qs = Mul (half, q) kt = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (qs, kt) w = Softmax (p) o = MatMul (w, k)
-        t0 = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape (t0, three)""",
+        qs = Mul (half, q) kt = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (qs, kt) w = Softmax (p)
+        o = MatMul (w, k) t0 = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape (t0, three)""",
     "keys transposed twice": f"""{SPLIT} {MERGE} qr = Reshape (x, four) q = Transpose <perm = [0, 2, 1, 3]> (qr)
         kr = Reshape (z, four) k1 = Transpose <perm = [0, 2, 3, 1]> (kr) v = Transpose <perm = [0, 2, 1, 3]> (kr)
-        p = MatMul (q, k1) ps = Mul (p, half) w = Softmax (ps) o = MatMul (w, v) t0 = Transpose <perm = [0, 2, 1, 3]> (o)
-        y = Reshape (t0, three)""",
+        p = MatMul (q, k1) ps = Mul (p, half) w = Softmax (ps) o = MatMul (w, v)
+        t0 = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape (t0, three)""",
     "onnxruntime's product": f"""{SPLIT} {MERGE} qr = Reshape (x, four) q = Transpose <perm = [0, 2, 1, 3]> (qr)
         kr = Reshape (z, four) k = Transpose <perm = [0, 2, 1, 3]> (kr)
         p = com.microsoft.FusedMatMul <transB = 1, alpha = 0.5> (q, k) w = Softmax (p) o = MatMul (w, k)
@@ -327,7 +329,8 @@ def test_attention_of_other_exporters(form, tmp_path):
 
 MASKS = {
     "a bool, switched on": ("bool[b, t] m", "a = Constant <value = int64[2] {1, 2}> () u = Unsqueeze (m, a) "
-                            "n = Not (u) f = Cast <to = 1> (n) low = Constant <value = float {-3.4028235e38}> () bias = Mul (f, low)", "lm"),
+                            "n = Not (u) f = Cast <to = 1> (n) low = Constant <value = float {-3.4028235e38}> () "
+                            "bias = Mul (f, low)", "lm"),
     "an integer, switched on": ("int64[b, t] m", "a = Constant <value = int64[2] {1, 2}> () u = Unsqueeze (m, a) "
                                 "f = Cast <to = 1> (u) one = Constant <value = float {1.0}> () d = Sub (one, f) "
                                 "low = Constant <value = float {-10000.0}> () bias = Mul (d, low)", "b"),
