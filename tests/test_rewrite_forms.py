@@ -3,6 +3,8 @@ what it gave before (the rewriter runs both)."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -10,6 +12,7 @@ import onnxruntime
 import pytest
 
 import trimaran
+from trimaran.cli import app
 from trimaran.export.rewrite_onnx import rewrite
 
 SIZES = {"b": 2, "s": 5, "t": 7, "h": 3}
@@ -87,8 +90,8 @@ NORMS = {
         tt = ReduceSum <keepdims = 1> (p, ax) v = Div (tt, eight) a = Add (v, eps) r = Sqrt (a) n = Div (d, r)
         g = Mul (n, w) y = Add (g, c)""",
     "a power of minus one half": """h = Constant <value = float {-0.5}> () m = ReduceMean <axes = [-1]> (x)
-        d = Sub (x, m) p = Mul (d, d) v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) i = Pow (a, h) n = Mul (d, i) g = Mul (n, w)
-        y = Add (g, c)""",
+        d = Sub (x, m) p = Mul (d, d) v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) i = Pow (a, h)
+        n = Mul (d, i) g = Mul (n, w) y = Add (g, c)""",
     "an exporter's identities and wide parameters": """w3 = Constant <value = int64[3] {1, 1, 8}> () wi = Identity (w)
         ww = Reshape (wi, w3) m = ReduceMean <axes = [-1]> (x) xi = Identity (x) d = Sub (xi, m) p = Mul (d, d)
         v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) r = Sqrt (a) ri = Identity (r) n = Div (d, ri) g = Mul (n, ww)
@@ -374,7 +377,9 @@ def test_grouped_keys_are_not_repeated(tmp_path):
 
 
 def test_inside_of_a_condition(tmp_path):
-    body = "y = If (on) <then_branch = a () => (float[b, s, 8] ya) { ya = LayerNormalization (x, w, c) }, else_branch = e () => (float[b, s, 8] ye) { ye = Identity (x) }>"
+    then = "a () => (float[b, s, 8] ya) { ya = LayerNormalization (x, w, c) }"
+    other = "e () => (float[b, s, 8] ye) { ye = Identity (x) }"
+    body = f"y = If (on) <then_branch = {then}, else_branch = {other}>"
     proto = model(body, "float[b, s, 8] x, bool on", "float[b, s, 8] y", PARAMETERS)
     source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
     onnx.save(proto, source)
@@ -427,3 +432,50 @@ def test_the_kernels_give_the_same(tmp_path):
     with trimaran.interpret():
         got = trimaran.ort_session(tmp_path / "out.onnx", ["CPUExecutionProvider"]).run(None, feeds)
     np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
+
+
+# ---- the report
+
+
+def test_the_report_as_json_and_as_a_page(tmp_path):
+    body = NORMS["pow, sqrt, div"] + " f = Cast <to = 1> (w8) d2 = Mul (f, eps) z = MatMul (y, d2)"
+    constants = f"{PARAMETERS}, int8[8, 2] w8 = {{{', '.join(map(str, range(16)))}}}"
+    proto = model(body, "float[b, s, 8] x", "float[b, s, 2] z", constants)
+    onnx.save(proto, tmp_path / "in.onnx")
+    report = trimaran.rewrite_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    found = json.loads(json.dumps(report.as_dict()))
+    assert found["replaced"] == {"layer_norm": 1}
+    reason = "its weight is dequantized from int8, which no op here multiplies yet"
+    assert found["near_misses"] == [{"rule": "linear", "node": "z", "reason": reason, "value": "d2"}]
+    page = report.page()
+    assert page.count("<li ") == len(report.before) + len(report.after)
+    assert "<b>trimaran.layer_norm</b>" in page
+    assert "<b>ReduceMean</b>" in page
+    assert reason in page
+    assert "http" not in page, "nothing from outside"
+
+
+def test_names_in_a_page_are_text(tmp_path):
+    proto = model("y = Relu (x)", "float[b] x", "float[b] y")
+    proto.graph.node[0].name = "<script>alert(1)</script>"
+    onnx.save(proto, tmp_path / "in.onnx")
+    assert "<script>" not in trimaran.rewrite_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx").page()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    onnx.save(model(NORMS["the operator"], "float[b, s, 8] x", "float[b, s, 8] y", PARAMETERS), tmp_path / "in.onnx")
+    monkeypatch.chdir(tmp_path)
+    app(["rewrite", "in.onnx", "out.onnx", "--html", "page.html", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["replaced"] == {"layer_norm": 1}
+    assert "trimaran.layer_norm" in (tmp_path / "page.html").read_text()
+    assert app(["rewrite", "in.onnx", "out.onnx"], standalone_mode=False) == 2, "it exists"
+    assert "which exists" in capsys.readouterr().err
+
+
+def test_progress_is_told(tmp_path):
+    onnx.save(model(NORMS["the operator"], "float[b, s, 8] x", "float[b, s, 8] y", PARAMETERS), tmp_path / "in.onnx")
+    told = []
+    trimaran.rewrite_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", progress=lambda *now: told.append(now))
+    assert told[0] == ("shapes", 0.0)
+    assert told[-1] == ("done", 1.0)
+    assert [done for _, done in told] == sorted(done for _, done in told)
