@@ -239,6 +239,8 @@ def test_what_the_vendor_does_sooner_is_declined():
     assert declined([matrix(1000, 3072), deep, bias, matrix(1000, 768)]) == slower
     inputs = [matrix(4, 32, dtype="float32"), matrix(16, 32, dtype="float32")]
     assert declined(inputs) == "linear in fp32 is slower than the vendor's"
+    alone = Device("cuda", 0, 90, 132, 232448, fallback=False)
+    assert declined(inputs, alone) is None, "a node of ONNX Runtime has no second way"
     assert declined(inputs, INTERPRETER) is None
 
 
