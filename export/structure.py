@@ -1,0 +1,122 @@
+"""Is this a model at all? What a graph needs to mean one thing, checked before anything reads further: every value
+made once, every value read made somewhere, nothing made of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from graphlib import CycleError, TopologicalSorter
+
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+
+DEEPEST = 64  # subgraphs in subgraphs
+
+
+def check_structure(argument: str, model: ModelProto) -> None:
+    """ValueError names the first thing that is wrong."""
+    _check_graph(argument, model.graph, set(), 0)
+    _check_functions(argument, model)
+
+
+def _check_graph(argument: str, graph: GraphProto, outer: Collection[str], depth: int) -> None:
+    where = f"{argument}: graph {graph.name!r}"
+    if depth > DEEPEST:
+        raise ValueError(f"{where} is nested more than {DEEPEST} times")
+    inputs = [value.name for value in graph.input]
+    weights = [tensor.name for tensor in graph.initializer] + [s.values.name for s in graph.sparse_initializer]
+    _check_once(f"{where}: input", inputs)
+    _check_once(f"{where}: weight", weights)
+    outputs = [value.name for value in graph.output]
+    _check_nodes(argument, where, graph.node, {*outer}, {*inputs, *weights}, outputs, depth)
+
+
+def _check_nodes(
+    argument: str,
+    where: str,
+    nodes: Sequence[NodeProto],
+    outer: Collection[str],
+    given: Collection[str],
+    outputs: Sequence[str],
+    depth: int,
+) -> None:
+    made = [name for node in nodes for name in node.output if name]
+    _check_once(f"{where}: value", [*given, *made])
+    known = {*outer, *given, *made}
+    for node in nodes:
+        for graph in _subgraphs(node):
+            _check_graph(argument, graph, known, depth + 1)
+        missing = next((name for name in node.input if name and name not in known), None)
+        if missing is not None:
+            raise ValueError(f"{where}: node {_label(node)} reads {missing!r}, which nothing makes")
+    missing = next((name for name in outputs if name not in known), None)
+    if missing is not None:
+        raise ValueError(f"{where}: output {missing!r} is made by nothing")
+    _check_acyclic(where, nodes)
+
+
+def _check_once(what: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if not name:
+            raise ValueError(f"{what} has no name")
+        if name in seen:
+            raise ValueError(f"{what} {name!r} is there twice")
+        seen.add(name)
+
+
+def _check_acyclic(where: str, nodes: Sequence[NodeProto]) -> None:
+    maker = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    order = TopologicalSorter(
+        {index: {maker[name] for name in _read(node) if name in maker} for index, node in enumerate(nodes)}
+    )
+    try:
+        order.prepare()
+    except CycleError as error:
+        circle = " -> ".join(_label(nodes[index]) for index in reversed(error.args[1]))
+        raise ValueError(f"{where} goes in a circle: {circle}") from error
+
+
+def _read(node: NodeProto) -> Iterable[str]:
+    """What a node reads, itself and in its subgraphs."""
+    yield from (name for name in node.input if name)
+    for graph in _subgraphs(node):
+        own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+        own |= {name for inner in graph.node for name in inner.output}
+        read = {value.name for value in graph.output}.union(*map(_read, graph.node))
+        yield from read - own
+
+
+def _check_functions(argument: str, model: ModelProto) -> None:
+    functions = {(f.domain, f.name, f.overload): f for f in model.functions}
+    if len(functions) < len(model.functions):
+        raise ValueError(f"{argument} has two functions of one name")
+    calls = {}
+    for key, function in functions.items():
+        where = f"{argument}: function {function.domain}::{function.name}"
+        _check_once(f"{where}: input", function.input)
+        _check_nodes(argument, where, function.node, (), function.input, function.output, 0)
+        calls[key] = {k for k in _called(function.node) if k in functions}
+    try:
+        TopologicalSorter(calls).prepare()
+    except CycleError as error:
+        names = " -> ".join(f"{domain}::{name}" for domain, name, _ in error.args[1])
+        raise ValueError(f"{argument}: functions call each other in a circle: {names}") from error
+
+
+def _called(nodes: Iterable[NodeProto]) -> Iterable[tuple[str, str, str]]:
+    for node in nodes:
+        yield node.domain, node.op_type, node.overload
+        for graph in _subgraphs(node):
+            yield from _called(graph.node)
+
+
+def _subgraphs(node: NodeProto) -> list[GraphProto]:
+    found = []
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH or attribute.HasField("g"):
+            found.append(attribute.g)
+        found += attribute.graphs
+    return found
+
+
+def _label(node: NodeProto) -> str:
+    return f"{node.op_type} {node.name!r}" if node.name else node.op_type
