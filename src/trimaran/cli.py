@@ -1,4 +1,4 @@
-"""The command line: `trimaran demo`, `info`, `bench-kernels`, `check-kernels`, `bench-nodes` and `soak`."""
+"""The command line: `trimaran demo`, `info`, `verify`, `bench-kernels`, `check-kernels`, `bench-nodes` and `soak`."""
 
 import json
 import sys
@@ -127,6 +127,36 @@ def check_kernels(
             errors.print(f"FAILED: {name}: {count} of {repeats} runs differ", style="red", markup=False)
     console.print(f"{len(found)} variants, {repeats} runs each: {sum(found.values())} differ")
     if failed or any(found.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    first: Annotated[Path, typer.Argument(help="The ONNX file that is right.")],
+    second: Annotated[Path, typer.Argument(help="The one to compare with it.")],
+    inputs: Annotated[Path | None, typer.Option(help="An .npz file of inputs by name; random ones if none.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Run two ONNX files on the same inputs, on the CPU. Fails where they differ, and says from which node on; and in
+    half precision, which nodes to keep in fp32 so that they do not."""
+    import numpy as np
+
+    from trimaran.export.differences import verify_files
+    from trimaran.export.verify import CannotVerify
+
+    try:
+        given = None if inputs is None else dict(np.load(inputs))
+        found = verify_files(first, second, given, seed)
+    except (CannotVerify, OSError, ValueError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False)
+        raise typer.Exit(2) from error
+    if as_json:
+        print(json.dumps({"ok": found.ok, **asdict(found)}, indent=2))
+    else:
+        for line in found.lines():
+            print(line)
+    if not found.ok:
         raise typer.Exit(1)
 
 
