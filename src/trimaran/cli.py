@@ -1,4 +1,4 @@
-"""The command line: `trimaran demo`, `info`, `verify`, `bench-kernels`, `check-kernels`, `bench-nodes` and `soak`."""
+"""The command line: `trimaran demo`, `info`, `verify`, `compare-fusions`, and what measures and checks kernels."""
 
 import json
 import sys
@@ -158,6 +158,28 @@ def verify(
             print(line)
     if not found.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def compare_fusions(
+    files: Annotated[list[Path], typer.Argument(help="ONNX files.")],
+    out: Annotated[Path, typer.Option(help="The folder for fusions.json and fusions.md.")] = Path("build/fusions"),
+) -> None:
+    """Count what each optimizer of ONNX files finds in these: attention, norms, residual norms, rotary embeddings,
+    gated and activated linear layers. Ours against ONNX Runtime's two, onnxscript's and transformers'."""
+    from trimaran.benchmarks import fusions as job
+
+    errors = Console(stderr=True, soft_wrap=True)
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        errors.print(f"files has {', '.join(missing)}, expected ONNX files", style="red", markup=False)
+        raise typer.Exit(2)
+    found = job.compare(files, lambda text: errors.print(text, markup=False, highlight=False))
+    job.write(found, out)
+    fewer = [f"{file}: {', '.join(kinds)}" for file, row in found["files"].items() if (kinds := job.fewer(row))]
+    print(f"{len(found['files'])} files, somebody finds more than we in {len(fewer)}; {out / 'fusions.md'}")
+    for text in fewer:
+        print(f"  {text}")
 
 
 @app.command()
