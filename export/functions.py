@@ -139,6 +139,9 @@ def body_function(op: Op, node: ir.Node, opset: int) -> ir.Function:
     attrs = op.attributes(given)
     g = BodyBuilder(opset, bound_types(op, node))
     results = op.body(g, op.input_namespace(inputs), attrs)
+    for value in inputs:
+        if value is not None:
+            value.shape = None  # another node that shares the body may have another
     outputs = list(results)[: len(node.outputs)]
     name_values(op, g.nodes, outputs)
     graph = ir.Graph(

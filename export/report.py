@@ -6,7 +6,33 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import onnx_ir as ir
+
 from trimaran.torch_path.report import NearMiss
+
+
+class Fault(str):
+    """A reason, as a str, and the value that is at fault."""
+
+    value = ""
+
+    @classmethod
+    def of(cls, reason: str, value: ir.Value | None) -> Fault:
+        fault = cls(reason)
+        fault.value = "" if value is None else str(value.name)
+        return fault
+
+
+@dataclass(frozen=True)
+class FileMiss(NearMiss):
+    """A near miss in a file. value: the name of the value at fault, of the node's first input where no one is."""
+
+    value: str = ""
+
+    @classmethod
+    def of(cls, rule: str, node: ir.Node, reason: str) -> FileMiss:
+        first = next((str(value.name) for value in node.inputs if value is not None), "")
+        return cls(rule, str(node.name or node.outputs[0].name), str(reason), "", getattr(reason, "value", "") or first)
 
 
 @dataclass
