@@ -65,10 +65,22 @@ def load(argument: str, path: Path) -> ir.Model:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:
         raise ValueError(f"{argument} is {str(path)!r}, which is not an ONNX model: {error}") from error
+    if not in_order(model.graph):  # onnxruntime sorts nodes, rules read them in order
+        model.graph.sort()
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         ir.external_data.set_base_dir(graph, path.parent)
     check_bodies(argument, model)
     return model
+
+
+def in_order(graph: ir.Graph) -> bool:
+    seen: set[ir.Node] = set()
+    for node in graph:
+        makers = (value.producer() for value in node.inputs if value is not None)
+        if any(maker is not None and maker not in seen for maker in makers):
+            return False
+        seen.add(node)
+    return True
 
 
 def check_bodies(argument: str, model: ir.Model) -> None:

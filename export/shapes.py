@@ -162,19 +162,24 @@ def infer(graph: ir.Graph | ir.Function) -> None:
 
 
 def infer_node(node: ir.Node) -> None:
-    reader = _READERS.get(node.op_type)
-    op = node.op_type
-    found: Any = None
-    if op in _ALIKE:
-        found = dims(node.inputs[0])
-    elif op in _BROADCAST:
-        found = broadcast_all([dims(value) for value in node.inputs])
-    elif reader is not None and node.domain in STANDARD:
-        found = reader(node)
+    try:
+        found = shapes_of(node)
+    except (IndexError, ZeroDivisionError):  # ranks or axes that the operator does not allow: nothing is known of it
+        found = None
     for index, value in enumerate(node.outputs):
         typed(value, dtype_of_output(node))
         shape = found[index] if isinstance(found, list) else found if index == 0 else None
         note(value, shape, contents(node) if index == 0 else None)
+
+
+def shapes_of(node: ir.Node) -> Any:
+    """Of its first output, or as a list of all of them; None where nothing is known."""
+    reader, op = _READERS.get(node.op_type), node.op_type
+    if op in _ALIKE:
+        return dims(node.inputs[0])
+    if op in _BROADCAST:
+        return broadcast_all([dims(value) for value in node.inputs])
+    return reader(node) if reader is not None and node.domain in STANDARD else None
 
 
 def typed(value: ir.Value, dtype: ir.DataType | None) -> None:

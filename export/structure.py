@@ -3,21 +3,31 @@ made once, every value read made somewhere, nothing made of itself."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
+from typing import Any
 
+import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+from onnx.defs import OpSchema
+
+from trimaran.export.schemas import register_schemas
 
 DEEPEST = 64  # subgraphs in subgraphs
 
 
 def check_structure(argument: str, model: ModelProto) -> None:
     """ValueError names the first thing that is wrong."""
-    _check_graph(argument, model.graph, set(), 0)
+    register_schemas()
+    opsets = {opset.domain.replace("ai.onnx", ""): opset.version for opset in model.opset_import}
+    _check_graph(argument, model.graph, set(), opsets, 0)
     _check_functions(argument, model)
 
 
-def _check_graph(argument: str, graph: GraphProto, outer: Collection[str], depth: int) -> None:
+def _check_graph(
+    argument: str, graph: GraphProto, outer: Collection[str], opsets: Mapping[str, int], depth: int
+) -> None:
     where = f"{argument}: graph {graph.name!r}"
     if depth > DEEPEST:
         raise ValueError(f"{where} is nested more than {DEEPEST} times")
@@ -26,7 +36,7 @@ def _check_graph(argument: str, graph: GraphProto, outer: Collection[str], depth
     _check_once(f"{where}: input", inputs)
     _check_once(f"{where}: weight", weights)
     outputs = [value.name for value in graph.output]
-    _check_nodes(argument, where, graph.node, {*outer}, {*inputs, *weights}, outputs, depth)
+    _check_nodes(argument, where, graph.node, {*outer}, {*inputs, *weights}, outputs, opsets, depth)
 
 
 def _check_nodes(
@@ -36,14 +46,16 @@ def _check_nodes(
     outer: Collection[str],
     given: Collection[str],
     outputs: Sequence[str],
+    opsets: Mapping[str, int],
     depth: int,
 ) -> None:
     made = [name for node in nodes for name in node.output if name]
     _check_once(f"{where}: value", [*given, *made])
     known = {*outer, *given, *made}
     for node in nodes:
+        check_node(f"{where}: node {_label(node)}", node, opsets)
         for graph in _subgraphs(node):
-            _check_graph(argument, graph, known, depth + 1)
+            _check_graph(argument, graph, known, opsets, depth + 1)
         missing = next((name for name in node.input if name and name not in known), None)
         if missing is not None:
             raise ValueError(f"{where}: node {_label(node)} reads {missing!r}, which nothing makes")
@@ -51,6 +63,41 @@ def _check_nodes(
     if missing is not None:
         raise ValueError(f"{where}: output {missing!r} is made by nothing")
     _check_acyclic(where, nodes)
+
+
+def check_node(where: str, node: NodeProto, opsets: Mapping[str, int]) -> None:
+    """ValueError where a node of a known operator has inputs, outputs or attributes that the operator has not."""
+    domain = node.domain.replace("ai.onnx", "") if node.domain == "ai.onnx" else node.domain
+    schema = _schema(node.op_type, opsets.get(domain, 0), domain)
+    if schema is None:  # somebody else's, or newer than our onnx
+        return
+    for what, names, least, most, ports in (
+        ("inputs", node.input, schema.min_input, schema.max_input, schema.inputs),
+        ("outputs", node.output, schema.min_output, schema.max_output, schema.outputs),
+    ):
+        if not least <= len(names) <= most:
+            raise ValueError(f"{where} has {len(names)} {what}, the operator {least} to {most}")
+        for name, port in zip(names, ports, strict=False):
+            if not name and port.option == OpSchema.FormalParameterOption.Single:
+                raise ValueError(f"{where} lacks {port.name}")
+    given = {attribute.name: attribute for attribute in node.attribute}
+    for name, attribute in given.items():
+        if name not in schema.attributes:
+            raise ValueError(f"{where} has an attribute {name!r}, the operator has none of that name")
+        kind: Any = schema.attributes[name].type
+        if int(attribute.type) != kind.value and not attribute.ref_attr_name:
+            raise ValueError(f"{where}: attribute {name!r} is of another type than the operator's")
+    missing = next((name for name, a in schema.attributes.items() if a.required and name not in given), None)
+    if missing is not None:
+        raise ValueError(f"{where} lacks the attribute {missing!r}")
+
+
+@functools.cache
+def _schema(op_type: str, opset: int, domain: str) -> OpSchema | None:
+    try:
+        return onnx.defs.get_schema(op_type, opset, domain)
+    except onnx.defs.SchemaError:
+        return None
 
 
 def _check_once(what: str, names: Iterable[str]) -> None:
@@ -93,7 +140,8 @@ def _check_functions(argument: str, model: ModelProto) -> None:
     for key, function in functions.items():
         where = f"{argument}: function {function.domain}::{function.name}"
         _check_once(f"{where}: input", function.input)
-        _check_nodes(argument, where, function.node, (), function.input, function.output, 0)
+        opsets = {opset.domain.replace("ai.onnx", ""): opset.version for opset in function.opset_import}
+        _check_nodes(argument, where, function.node, (), function.input, function.output, opsets, 0)
         calls[key] = {k for k in _called(function.node) if k in functions}
     try:
         TopologicalSorter(calls).prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,13 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from trimaran.export.onnx_graph import dims, made_by
+from trimaran.export.onnx_graph import made_by
 from trimaran.export.twin import has_bfloat16, write_twin
 
 # Largest RMS error, relative to the RMS of the output. fp32 outputs of deep models differ by 1e-6 to 1e-5 between
 # runtimes.
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "float64": 1e-6}
+LARGEST = 1 << 28  # elements of a generated input
 FUNCTIONS_SINCE = (1, 27)  # the onnxruntime that can run function overloads
 SIZES, OTHER_SIZE = (2, 7), 3  # of free axes in generated inputs: the batch, the second axis, and others
 
@@ -130,9 +132,11 @@ def example_inputs(model: ir.Model, seed: int = 0, sizes: tuple[int, int] = SIZE
     generator = np.random.default_rng(seed)
     wanted = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
     for value in wanted:
-        if dims(value) is None or value.dtype is None:
+        if value.shape is None or value.dtype is None:
             raise CannotVerify(f"the shape or type of input {value.name} is not known, give inputs=")
-    shapes = known_sizes([dims(value) or () for value in wanted], sizes)
+    shapes = known_sizes([_named(value) for value in wanted], sizes)
+    if max(map(math.prod, shapes), default=0) > LARGEST:
+        raise CannotVerify(f"the inputs would have the shapes {shapes}, give smaller ones by inputs=")
     return {str(value.name): _random(generator, value, shape) for value, shape in zip(wanted, shapes, strict=True)}
 
 
@@ -151,6 +155,12 @@ def known_sizes(shapes: Sequence[Sequence[int | str | None]], sizes: tuple[int, 
         ]
         for shape in shapes
     ]
+
+
+def _named(value: ir.Value | None) -> list[int | str | None]:
+    """The shape in numbers and names; empty where it is not known."""
+    shape = value.shape if value is not None else None
+    return [dim if isinstance(dim, int) else dim.value for dim in shape or ()]
 
 
 def _terms(name: str) -> list[str]:
@@ -180,10 +190,11 @@ def index_bound(value: ir.Value, depth: int = 4) -> int:
     for use in value.uses():
         node = use.node
         if node.op_type == "Gather" and use.idx == 1:
-            table = dims(node.inputs[0])
+            table = _named(node.inputs[0])
             axis = node.attributes["axis"].value if "axis" in node.attributes else 0
-            if table is not None and isinstance(table[axis], int):
-                bounds.append(table[axis])
+            size = table[axis] if -len(table) <= axis < len(table) else None
+            if isinstance(size, int):
+                bounds.append(size)
         elif (
             depth
             and made_by(node.outputs[0], "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten")

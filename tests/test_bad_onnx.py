@@ -70,6 +70,12 @@ def test_other_kinds_of_files(tmp_path, magic):
         ("a = Relu(x)", "output 'y' is made by nothing"),
         ("y = Relu(x) y = Exp(x)", "value 'y' is there twice"),
         ("x = Relu(x) y = Exp(x)", "value 'x' is there twice"),
+        ("y = Softmax()", "node Softmax has 0 inputs, the operator 1 to 1"),
+        ("y, z = Relu(x)", "node Relu has 2 outputs, the operator 1 to 1"),
+        ("y = Relu<axis = 1>(x)", "node Relu has an attribute 'axis', the operator has none of that name"),
+        ("y = Softmax<axis = 1.5>(x)", "node Softmax: attribute 'axis' is of another type than the operator's"),
+        ("y = Cast(x)", "node Cast lacks the attribute 'to'"),
+        ('y = Add("", x)', "node Add lacks A"),
         (
             "c = Constant<value = bool {1}>() y = If(c) <then_branch = g () => (float[8] t) { t = Relu(lost) }, "
             "else_branch = h () => (float[8] e) { e = Relu(x) }>",
@@ -199,7 +205,7 @@ def test_our_own_bodies_are_known(tmp_path, rewritten):
 
 
 def spoil_body(model):
-    model.functions[0].node[-1].op_type = "Sub"
+    next(a for a in model.functions[0].node[-1].attribute if a.name == "epsilon").f = 1.0
 
 
 def rename_body(model):
