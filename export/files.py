@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from trimaran.export.external import check_tensor, tensors
-from trimaran.export.functions import _content
+from trimaran.export.functions import _content, body_function, our_nodes
 from trimaran.export.schemas import DOMAIN
 from trimaran.export.structure import check_structure
 from trimaran.kernels.catalog import OPS
@@ -93,6 +93,21 @@ def check_bodies(argument: str, model: ir.Model) -> None:
                     f"{argument} has a function {domain}::{name} (overload {overload!r}) that this version of trimaran "
                     "did not write, and would not compute"
                 )
+    for node in our_nodes(model):
+        if (DOMAIN, node.op_type, node.overload) in model.functions:
+            check_call(argument, model, node)
+
+
+def check_call(argument: str, model: ir.Model, node: ir.Node) -> None:
+    """Refuse a node that says other than the body that it calls."""
+    try:
+        overload = body_function(OPS[node.op_type], node, model.opset_imports.get("", 0)).overload
+    except ValueError as error:
+        raise ValueError(f"{argument}: node {node.name!r}: {error}") from error
+    if overload != node.overload:
+        raise ValueError(
+            f"{argument}: node {node.name!r} says other than the function that it calls, {node.overload!r}"
+        )
 
 
 @contextlib.contextmanager

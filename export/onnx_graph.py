@@ -138,6 +138,22 @@ def is_same(a: ir.Value | None, b: ir.Value | None) -> bool:
     return a is not None and source(a) is source(b)
 
 
+def alike(a: ir.Value | None, b: ir.Value | None, depth: int = 8) -> bool:
+    """The same value, or computed in the same way from the same values."""
+    a, b = source(a), source(b)
+    if a is b:
+        return True
+    one, other = (value.producer() if value is not None else None for value in (a, b))
+    if one is None or other is None or not depth or len(one.inputs) != len(other.inputs):
+        first, second = constant(a), constant(b)
+        known = first is not None and second is not None and first.dtype == second.dtype
+        return known and np.array_equal(first, second)  # type: ignore[arg-type]
+    same_kind = (one.op_identifier(), one.attributes) == (other.op_identifier(), other.attributes)
+    same_place = [*one.outputs].index(a) == [*other.outputs].index(b)  # type: ignore[arg-type]
+    pairs = zip(one.inputs, other.inputs, strict=True)
+    return same_kind and same_place and all(alike(x, y, depth - 1) for x, y in pairs)
+
+
 def constant(value: ir.Value | None, depth: int = 8) -> np.ndarray[Any, Any] | None:
     """The value where it is known without running the model, as far as it is small where it has to be computed."""
     value = source(value)

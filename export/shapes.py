@@ -19,6 +19,7 @@ import sympy
 
 MOST_NUMBERS = 64  # of which an integer tensor's contents are followed
 STANDARD = ("", "ai.onnx")
+FOREIGN = ("FusedMatMul", "MultiHeadAttention")  # com.microsoft's
 _BOOL = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"}
 _BROADCAST = {
     *("Add", "Sub", "Mul", "Div", "Pow", "Mod", "Min", "Max", "Sum", "Mean", "Where", "PRelu", "BitwiseAnd", "And"),
@@ -166,20 +167,23 @@ def infer_node(node: ir.Node) -> None:
         found = shapes_of(node)
     except (IndexError, ZeroDivisionError):  # ranks or axes that the operator does not allow: nothing is known of it
         found = None
+    shapes = found if isinstance(found, list) else [found]
     for index, value in enumerate(node.outputs):
         typed(value, dtype_of_output(node))
-        shape = found[index] if isinstance(found, list) else found if index == 0 else None
-        note(value, shape, contents(node) if index == 0 else None)
+        note(value, shapes[index] if index < len(shapes) else None, contents(node) if index == 0 else None)
 
 
 def shapes_of(node: ir.Node) -> Any:
     """Of its first output, or as a list of all of them; None where nothing is known."""
     reader, op = _READERS.get(node.op_type), node.op_type
+    found: Any = None
     if op in _ALIKE:
-        return dims(node.inputs[0])
-    if op in _BROADCAST:
-        return broadcast_all([dims(value) for value in node.inputs])
-    return reader(node) if reader is not None and node.domain in STANDARD else None
+        found = dims(node.inputs[0])
+    elif op in _BROADCAST:
+        found = broadcast_all([dims(value) for value in node.inputs])
+    elif reader is not None and (node.domain in STANDARD) == (op not in FOREIGN):
+        found = reader(node)
+    return [found, None, None, found] if op.startswith("Skip") else found
 
 
 def typed(value: ir.Value, dtype: ir.DataType | None) -> None:
@@ -190,7 +194,7 @@ def typed(value: ir.Value, dtype: ir.DataType | None) -> None:
 
 def dtype_of_output(node: ir.Node) -> ir.DataType | None:
     """Where onnx could not infer it, after an operator that it does not know."""
-    if node.op_type == "Cast":
+    if node.op_type == "Cast" and "to" in node.attributes:
         return ir.DataType(node.attributes["to"].value)
     if node.op_type in _BOOL:
         return ir.DataType.BOOL
@@ -489,6 +493,26 @@ def flatten(node: ir.Node) -> Any:
     return product(shape[:axis]), product(shape[axis:])
 
 
+def fused_matmul(node: ir.Node) -> Any:
+    """com.microsoft's, with factors that it transposes."""
+    a, b = dims(node.inputs[0]), dims(node.inputs[1])
+    if a is None or b is None or len(a) < 2 or len(b) < 2:
+        return None
+    rows = a[-1] if attr(node, "transA", 0) else a[-2]
+    columns = b[-2] if attr(node, "transB", 0) else b[-1]
+    batch = broadcast_all([a[:-2], b[:-2]])
+    return None if batch is None else (*batch, rows, columns)
+
+
+def multi_head(node: ir.Node) -> Any:
+    """com.microsoft's attention over rows: those of q, as wide as v where that is rows too."""
+    q = dims(node.inputs[0])
+    v = dims(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    if q is None or len(q) != 3:
+        return None
+    return (*q[:2], v[-1]) if v is not None and len(v) == 3 else q
+
+
 _READERS: dict[str, Callable[[ir.Node], Any]] = {
     "MatMul": matmul,
     "Gemm": gemm,
@@ -505,5 +529,7 @@ _READERS: dict[str, Callable[[ir.Node], Any]] = {
     "Range": ranged,
     "ConstantOfShape": filled,
     "Flatten": flatten,
+    "FusedMatMul": fused_matmul,
+    "MultiHeadAttention": multi_head,
     "GatherElements": gathered_elements,
 }

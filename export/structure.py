@@ -20,7 +20,7 @@ DEEPEST = 64  # subgraphs in subgraphs
 def check_structure(argument: str, model: ModelProto) -> None:
     """ValueError names the first thing that is wrong."""
     register_schemas()
-    opsets = {opset.domain.replace("ai.onnx", ""): opset.version for opset in model.opset_import}
+    opsets = {_domain(opset.domain): opset.version for opset in model.opset_import}
     _check_graph(argument, model.graph, set(), opsets, 0)
     _check_functions(argument, model)
 
@@ -67,7 +67,9 @@ def _check_nodes(
 
 def check_node(where: str, node: NodeProto, opsets: Mapping[str, int]) -> None:
     """ValueError where a node of a known operator has inputs, outputs or attributes that the operator has not."""
-    domain = node.domain.replace("ai.onnx", "") if node.domain == "ai.onnx" else node.domain
+    if not isinstance(node.op_type, str) or not isinstance(node.domain, str):
+        raise ValueError(f"{where}: its operator's name is no text")
+    domain = _domain(node.domain)
     schema = _schema(node.op_type, opsets.get(domain, 0), domain)
     if schema is None:  # somebody else's, or newer than our onnx
         return
@@ -90,6 +92,10 @@ def check_node(where: str, node: NodeProto, opsets: Mapping[str, int]) -> None:
     missing = next((name for name, a in schema.attributes.items() if a.required and name not in given), None)
     if missing is not None:
         raise ValueError(f"{where} lacks the attribute {missing!r}")
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
 
 
 @functools.cache
@@ -140,7 +146,7 @@ def _check_functions(argument: str, model: ModelProto) -> None:
     for key, function in functions.items():
         where = f"{argument}: function {function.domain}::{function.name}"
         _check_once(f"{where}: input", function.input)
-        opsets = {opset.domain.replace("ai.onnx", ""): opset.version for opset in function.opset_import}
+        opsets = {_domain(opset.domain): opset.version for opset in function.opset_import}
         _check_nodes(argument, where, function.node, (), function.input, function.output, opsets, 0)
         calls[key] = {k for k in _called(function.node) if k in functions}
     try:

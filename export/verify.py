@@ -178,7 +178,7 @@ def _random(generator: np.random.Generator, value: ir.Value, size: Sequence[int]
     if np.issubdtype(dtype, np.floating) or value.dtype == ir.DataType.BFLOAT16:
         return np.asarray(generator.standard_normal(size)).astype(dtype)
     array = generator.integers(0, index_bound(value), size)
-    if array.ndim > 1:
+    if array.ndim > 1 and array.shape[-1]:
         array[..., 0] = 1  # so that a mask leaves something in each row
     return np.asarray(array).astype(dtype)
 

@@ -103,8 +103,8 @@ def check_device(op: str, device: Device, rows: Any) -> None:
 
 def left_to_vendor(op: str, device: Device, dtype: str, config: Mapping[str, int]) -> None:
     """Decline what the vendor's library, and torch's kernels after it, do sooner: all of fp32, whose products tensor
-    cores do not compute, and the rows of a table that say so."""
-    if device.alone:
+    cores do not compute, and the rows of a table that say so. Nothing where nobody else would compute it."""
+    if not device.fallback:
         return
     if device.type == "cuda" and dtype == "float32":
         raise Decline(f"{op} in fp32 is slower than the vendor's")

@@ -55,20 +55,34 @@ def exported(
     if path.exists():
         return path
     tensors, flags = call_of(name, pad, dtype)
-    model = Flat(sharpened(models.build(name, attention, dtype)), list(tensors), flags).eval()
+    model = sharpened(models.build(name, attention, dtype))
     writing = path.with_suffix(".part")
-    with quiet(), torch.no_grad():
-        if exporter == "dynamo":
-            axes = {key: dict.fromkeys(axes_of(key, value), torch.export.Dim.AUTO) for key, value in tensors.items()}
-            program = torch.export.export(model, tuple(tensors.values()), dynamic_shapes=(tuple(axes.values()),))
-            torch.onnx.export(program, (), str(writing), input_names=list(tensors), dynamo=True, opset_version=opset,
-                              external_data=False, verbose=False)  # fmt: skip
-        else:
-            axes = {key: axes_of(key, value) for key, value in tensors.items()}
-            torch.onnx.export(model, tuple(tensors.values()), str(writing), input_names=list(tensors), dynamo=False,
-                              opset_version=opset, dynamic_axes=axes)  # fmt: skip
+    export(model, tensors, flags, writing, exporter, opset)
     writing.rename(path)
     return path
+
+
+def export(
+    model: torch.nn.Module,
+    tensors: dict[str, torch.Tensor],
+    flags: dict[str, Any],
+    path: Path,
+    exporter: str,
+    opset: int,
+) -> None:
+    """Write the model as the exporter does, with a batch and lengths that vary."""
+    flat = Flat(model, list(tensors), flags).eval()
+    with quiet(), torch.no_grad():
+        if exporter == "dynamo":
+            auto = torch.export.Dim.AUTO
+            axes = tuple(dict.fromkeys(axes_of(key, value), auto) for key, value in tensors.items())
+            program = torch.export.export(flat, tuple(tensors.values()), dynamic_shapes=(axes,))
+            torch.onnx.export(program, (), str(path), input_names=list(tensors), dynamo=True, opset_version=opset,
+                              external_data=False, verbose=False)  # fmt: skip
+        else:
+            named = {key: axes_of(key, value) for key, value in tensors.items()}
+            torch.onnx.export(flat, tuple(tensors.values()), str(path), input_names=list(tensors), dynamo=False,
+                              opset_version=opset, dynamic_axes=named)  # fmt: skip
 
 
 def sharpened(model: torch.nn.Module) -> torch.nn.Module:

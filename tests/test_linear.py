@@ -220,17 +220,10 @@ def test_what_the_vendor_does_sooner_is_declined():
     assert declined([x, weight, bias, None, weight, bias]) is None, "torch has no product of several weights"
     assert declined([matrix(128, 768), weight, bias]) is None
     assert declined([matrix(4096, 3072), matrix(768, 3072), bias, x]) == slower
-
-
-def test_where_nothing_else_stands_by_only_the_impossible_is_declined():
-    """A node of onnxruntime: it has no second way."""
-    alone = Device("cuda", 0, 90, 132, 227 * 1024, alone=True)
-    x, weight, bias = matrix(4096, 768), matrix(768, 768), matrix(768)
-    assert declined([x, weight, bias], alone) is None
-    assert declined([matrix(4096, 3072), matrix(768, 3072), bias, x], alone) is None
-    assert declined([matrix(2**30 + 1, 768), weight], alone) == f"more than {2**30} rows"
     inputs = [matrix(4, 32, dtype="float32"), matrix(16, 32, dtype="float32")]
     assert declined(inputs) == "linear in fp32 is slower than the vendor's"
+    alone = Device("cuda", 0, 90, 132, 232448, fallback=False)
+    assert declined(inputs, alone) is None, "a node of ONNX Runtime has no second way"
     assert declined(inputs, INTERPRETER) is None
 
 

@@ -118,12 +118,13 @@ def from_gemm(node: ir.Node, x: ir.Value, weight: ir.Value, transposed: bool) ->
         return "it scales its product, or transposes x"
     if bias is not None and not is_vector(bias, node.outputs[0]):
         return Fault.of("what it adds is no bias [N]", bias)
-    flat, end = made_by(x, "Reshape"), only_user(node.outputs[0], "Reshape")
-    before, after = (dims(flat.inputs[0]), dims(end.outputs[0])) if flat and end else (None, None)
-    if flat is not None and end is not None and before and after and len(before) > 2:
-        columns = (dims(node.outputs[0]) or ())[-1:]
-        if same(before[-1], (dims(x) or (None,))[-1]) and same_dims(after, (*before[:-1], *columns)):
-            return Layer(end.outputs[0], flat.inputs[0], weight, bias, transposed)  # type: ignore[arg-type]
+    end, flat = only_user(node.outputs[0], "Reshape"), made_by(x, "Reshape")
+    columns, depth = (dims(node.outputs[0]) or ())[-1:], (dims(x) or (None,))[-1]
+    while end is not None and flat is not None and flat.inputs[0] is not None:
+        before = dims(flat.inputs[0]) or ()
+        if len(before) > 2 and same(before[-1], depth) and same_dims(dims(end.outputs[0]), (*before[:-1], *columns)):
+            return Layer(end.outputs[0], flat.inputs[0], weight, bias, transposed)
+        flat = made_by(flat.inputs[0], "Reshape")
     return Layer(node.outputs[0], x, weight, bias, transposed)
 
 

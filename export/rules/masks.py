@@ -206,20 +206,20 @@ def masked_value(value: ir.Value | None, low: float) -> tuple[ir.Value, ir.Value
 
 
 def switched(value: ir.Value, low: float) -> tuple[ir.Value, None, float, bool] | None:
-    """The same of a + b * Cast(bool), which is a or a + b."""
+    """The same of a + b * Cast(bool), which is a or a + b; an expansion looks through the cast."""
     expanded = Expansion().of(value, 4) or {}
     rest = [monomial for monomial in expanded if monomial]
     if len(rest) != 1 or len(rest[0]) != 1 or rest[0][0][1] != 1 or not isinstance(rest[0][0][0], ir.Value):
         return None
-    cast = made_by(rest[0][0][0], "Cast")
-    if cast is None or cast.inputs[0] is None or dtype_of(cast.inputs[0]) != "bool":
+    condition = rest[0][0][0]
+    if dtype_of(condition) != "bool":
         return None
     off = expanded.get((), 0.0)
     on = off + expanded[rest[0]]
     on = 0.0 if abs(on) < 1e-6 * abs(off) else on
     if off == 0.0 and on <= low:
-        return cast.inputs[0], None, on, True
-    return (cast.inputs[0], None, off, False) if on == 0.0 and off <= low else None
+        return condition, None, on, True
+    return (condition, None, off, False) if on == 0.0 and off <= low else None
 
 
 # ---- what goes into the op

@@ -16,6 +16,7 @@ from trimaran.export.algebra import Expansion, close, multiply, variable
 from trimaran.export.algebra import add as plus
 from trimaran.export.onnx_graph import (
     Inserter,
+    alike,
     attribute,
     dims,
     dtype_of,
@@ -68,6 +69,8 @@ def check_rotary(node: ir.Node) -> Pair | str | None:
     if not isinstance(first, Turned):
         return first
     others = {candidate for value in (first.cos, first.sin) for candidate in turned_by(value)}
+    if node.op_type == "RotaryEmbedding" and node.graph is not None:
+        others |= {other for other in node.graph if other.op_type == "RotaryEmbedding"}
     order = {other: place for place, other in enumerate(node.graph)} if others and node.graph is not None else {}
     for other in sorted((o for o in others if o in order), key=lambda o: order[o]):
         second = None
@@ -98,11 +101,11 @@ def used_after(node: ir.Node, other: ir.Node, order: dict[ir.Node, int]) -> bool
 
 def fits(one: Turned, other: Turned, order: dict[ir.Node, int]) -> bool:
     """The two can be turned at once, where the later one is: nobody needs the earlier one before."""
-    if not (is_same(one.cos, other.cos) and is_same(one.sin, other.sin)) or one.positions is not other.positions:
+    if not all(alike(getattr(one, name), getattr(other, name)) for name in ("cos", "sin", "positions")):
         return False
-    alike = all(getattr(one, name) == getattr(other, name) for name in ("interleaved", "rotary_dim", "heads_axis"))
+    styles = all(getattr(one, name) == getattr(other, name) for name in ("interleaved", "rotary_dim", "heads_axis"))
     a, b = (dims(turned.x) or () for turned in (one, other))
-    if not alike or one.x.dtype != other.x.dtype or bool(one.num_heads) != bool(other.num_heads) or len(a) != len(b):
+    if not styles or one.x.dtype != other.x.dtype or bool(one.num_heads) != bool(other.num_heads) or len(a) != len(b):
         return False
     same_rest = all(
         same(m, n) for i, (m, n) in enumerate(zip(a, b, strict=True)) if i != (2 if one.num_heads else one.heads_axis)

@@ -70,7 +70,7 @@ def normalized_by(mean: ir.Node) -> list[ir.Value]:
     if value is None:
         return []
     centered = made_by(uncast(value), "Sub")
-    whole = centered.inputs[0] if centered is not None and made_by(centered.inputs[1], *MEANS) else None
+    whole = centered.inputs[0] if centered is not None else None
     return [uncast(x) for x in (whole, value) if x is not None]
 
 
