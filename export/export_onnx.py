@@ -20,6 +20,7 @@ from trimaran.export import files
 from trimaran.export.call import Call, checked_call, named_outputs
 from trimaran.export.functions import attach_functions, count_nodes
 from trimaran.export.naming import name_everything, static_axes
+from trimaran.export.packing import pack
 from trimaran.export.program import exported_program, free_axes, rename_outputs
 from trimaran.export.report import OnnxReport
 from trimaran.export.translation import translation_table
@@ -30,6 +31,7 @@ from trimaran.torch_path.rewrite import RULES, Rule, rewrite
 
 OPSETS = range(18, 25)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHARED = "shared_input"  # a rule that files have their own form of: see `packing`
 BATCHES = (1, 7)  # what a file with a dynamic batch is run at before it is written
 FP32_LINEAR = "in fp32 onnxruntime's own kernels are faster (dtype=torch.float16 or torch.bfloat16 takes them)"
 
@@ -84,7 +86,7 @@ def converted(
     model: torch.nn.Module, call: Call, names: list[str], dynamic: bool, opset: int, rules: Sequence[Rule]
 ) -> tuple[ir.Model, OnnxReport]:
     program = exported_program(model, call, dynamic)
-    graph_report = rewrite(program.graph_module, rules)
+    graph_report = rewrite(program.graph_module, [rule for rule in rules if rule.name != SHARED])
     rename_outputs(program)
     with quiet():
         exported = torch.onnx.export(
@@ -92,6 +94,8 @@ def converted(
         )
     assert exported is not None
     onnx_model: ir.Model = exported.model
+    if any(rule.name == SHARED for rule in rules):
+        pack(onnx_model)
     name_everything(onnx_model, list(call.tensors), names)
     attach_functions(onnx_model)
     left = [miss for miss in graph_report.near_misses if miss.reason == FP32_LINEAR]

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import models
+import onnx_ir as ir
 import torch
 from exports import call_of, exported, quiet
 
@@ -30,8 +31,8 @@ def by_transformers(folder: Path, name: str) -> None:
         return
     tensors, flags = call_of(name, "right", torch.float32)
     with quiet(), torch.no_grad():
-        program = OnnxExporter().export(models.build(name), {**tensors, **flags}, OnnxConfig(ort_fusions="cuda"))
-        program.save(str(path), external_data=False)
+        found = OnnxExporter().export(models.build(name), {**tensors, **flags}, OnnxConfig(ort_fusions="cuda"))
+        ir.save(found.program, path)
 
 
 def make(folder: Path, name: str) -> None:

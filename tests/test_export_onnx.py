@@ -90,41 +90,6 @@ def test_an_optimized_model_exports_the_same_and_stays_optimized(tmp_path):
     assert len(report.graphs) == 1
 
 
-def test_exporting_is_as_rewriting_the_plain_export(tmp_path):
-    """One rule set written twice, for FX and for files: they must find the same."""
-    model, call = bert(), inputs()
-    axes = {name: {0: "batch", 1: "sequence"} for name in call}
-    trimaran.export_onnx(model, call, tmp_path / "exported.onnx", opset=23)
-    torch.onnx.export(
-        model,
-        (),
-        str(tmp_path / "plain.onnx"),
-        kwargs=call,
-        dynamo=True,
-        opset_version=23,
-        dynamic_shapes=axes,
-        verbose=False,
-    )
-    trimaran.rewrite_onnx(tmp_path / "plain.onnx", tmp_path / "rewritten.onnx")
-    found = []
-    for name in ("exported", "rewritten"):
-        nodes = [n for n in ir.load(tmp_path / f"{name}.onnx").graph if n.domain == "trimaran"]
-        found.append(
-            [
-                (n.op_type, [v is not None for v in n.inputs], {k: a.value for k, a in n.attributes.items()})
-                for n in nodes
-            ]
-        )
-    for exported, rewritten in zip(*found, strict=True):
-        assert exported[:2] == rewritten[:2]
-        for key in exported[2].keys() & rewritten[2].keys():
-            assert (
-                exported[2][key] == pytest.approx(rewritten[2][key])
-                if key == "scale"
-                else exported[2][key] == rewritten[2][key]
-            )
-
-
 class Two(nn.Module):
     """Positional arguments, outputs without names, one of them a norm that a rule replaces."""
 
