@@ -17,6 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 from trimaran.export import files
 from trimaran.export.functions import attach_functions, count_nodes
 from trimaran.export.onnx_graph import used
+from trimaran.export.page import node_lines
 from trimaran.export.report import FileMiss, OnnxReport
 from trimaran.export.rules import attention_operators, linear
 from trimaran.export.rules.activations import ACTIVATION_ANCHORS
@@ -54,12 +55,14 @@ def rewrite_onnx(
     verify: bool = True,
     inputs: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    progress: Progress = nothing,
 ) -> OnnxReport:
-    """Write `src` to `dst` with its attention and layer norm nodes replaced by trimaran's.
+    """Write `src` to `dst` with its attention, norm, linear and rotary embedding nodes replaced by trimaran's.
 
     The result runs on the kernels in `trimaran.ort_session` and, by function bodies, in any onnxruntime from 1.27 on.
     It is checked by running both files on `inputs` (arrays by name; generated where not given) on the CPU. `src` stays
-    as it is; a file in which nothing matches is copied byte for byte.
+    as it is; a file in which nothing matches is copied byte for byte. Linear layers are replaced in 16 bits only, in
+    fp32 onnxruntime's own are sooner done. `progress` is called with a stage and how much is done, from 0 to 1.
 
     Raises FileNotFoundError, FileExistsError (unless overwrite=True), ValueError for a file that is not ONNX, and
     VerificationError where the two files disagree; nothing is left behind then.
@@ -69,18 +72,24 @@ def rewrite_onnx(
     if target.exists() and os.path.samefile(source, target):
         raise ValueError(f"dst is {str(target)!r}, which is src itself")
     model = files.load("src", source)
-    near_misses = rewrite(model)
+    before = node_lines(model)
+    near_misses = rewrite(model, progress)
     replaced = Counter(count_nodes(model))
-    report = OnnxReport(str(target), replaced, near_misses)
+    report = OnnxReport(
+        str(target), replaced, near_misses, before=before, after=node_lines(model) if replaced else before
+    )
     with files.beside(target) as folder:
         if not replaced:
             report.verified = "a copy of the source"
             copy(model, source, folder, target.name, report)
         else:
+            progress("writing", 0.9)
             written = files.save(model, folder, target.name)
             if verify:
+                progress("running both files", 0.95)
                 report.verified = verified(source, written, model, inputs)
         files.publish(folder, target)
+    progress("done", 1.0)
     return report
 
 
@@ -98,14 +107,14 @@ def rewrite(model: ir.Model, progress: Progress = nothing) -> list[FileMiss]:
     near_misses, changed = [], False
     every = rules(opset)
     for index, rule in enumerate(every):
-        progress(rule.name, (index + 1) / (len(every) + 2))
+        progress(rule.name, 0.2 + 0.6 * index / len(every))
         misses, replaced = apply(rule, model.graph)
         near_misses += misses
         if replaced:
             changed = True
             RemoveUnusedNodesPass()(model)
     if changed:
-        progress("function bodies", 1.0)
+        progress("function bodies", 0.85)
         model.graph.sort()
         attach_functions(model)
     return near_misses

@@ -484,6 +484,13 @@ def gathered_elements(node: ir.Node) -> Any:
     return dims(node.inputs[1])
 
 
+def gather_nd(node: ir.Node) -> Any:
+    shape, places = dims(node.inputs[0]), dims(node.inputs[1])
+    if shape is None or not places or not isinstance(places[-1], int):
+        return None
+    return (*places[:-1], *shape[attr(node, "batch_dims", 0) + places[-1] :])
+
+
 def flatten(node: ir.Node) -> Any:
     shape = dims(node.inputs[0])
     if shape is None:
@@ -532,4 +539,5 @@ _READERS: dict[str, Callable[[ir.Node], Any]] = {
     "FusedMatMul": fused_matmul,
     "MultiHeadAttention": multi_head,
     "GatherElements": gathered_elements,
+    "GatherND": gather_nd,
 }

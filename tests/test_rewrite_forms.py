@@ -1,7 +1,9 @@
-"""One formula, many spellings: graphs as exporters write them that torch's are not, by hand. Each is rewritten, and gives
+"""One formula, many spellings: graphs by hand, as exporters other than torch's write them. Each is rewritten, and gives
 what it gave before (the rewriter runs both)."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import onnx
@@ -10,6 +12,7 @@ import onnxruntime
 import pytest
 
 import trimaran
+from trimaran.cli import app
 from trimaran.export.rewrite_onnx import rewrite
 
 SIZES = {"b": 2, "s": 5, "t": 7, "h": 3}
@@ -71,8 +74,8 @@ PARAMETERS = (
 )
 NORMS = {
     "the operator": "y = LayerNormalization <epsilon = 0.001> (x, w, c)",
-    "pow, sqrt, div": """m = ReduceMean <axes = [-1]> (x) d = Sub (x, m) p = Pow (d, two) v = ReduceMean <axes = [-1]> (p)
-        a = Add (v, eps) r = Sqrt (a) n = Div (d, r) g = Mul (n, w) y = Add (g, c)""",
+    "pow, sqrt, div": """m = ReduceMean <axes = [-1]> (x) d = Sub (x, m) p = Pow (d, two)
+        v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) r = Sqrt (a) n = Div (d, r) g = Mul (n, w) y = Add (g, c)""",
     "mul self, reciprocal, operands commuted": """m = ReduceMean <axes = [2]> (x) d = Sub (x, m) p = Mul (d, d)
         v = ReduceMean <axes = [2]> (p) a = Add (eps, v) r = Sqrt (a) i = Reciprocal (r) n = Mul (i, d) g = Mul (w, n)
         y = Add (c, g)""",
@@ -86,9 +89,9 @@ NORMS = {
         t = ReduceSum <keepdims = 1> (x, ax) m = Div (t, eight) d = Sub (x, m) p = Mul (d, d)
         tt = ReduceSum <keepdims = 1> (p, ax) v = Div (tt, eight) a = Add (v, eps) r = Sqrt (a) n = Div (d, r)
         g = Mul (n, w) y = Add (g, c)""",
-    "a power of minus one half": """h = Constant <value = float {-0.5}> () m = ReduceMean <axes = [-1]> (x) d = Sub (x, m)
-        p = Mul (d, d) v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) i = Pow (a, h) n = Mul (d, i) g = Mul (n, w)
-        y = Add (g, c)""",
+    "a power of minus one half": """h = Constant <value = float {-0.5}> () m = ReduceMean <axes = [-1]> (x)
+        d = Sub (x, m) p = Mul (d, d) v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) i = Pow (a, h)
+        n = Mul (d, i) g = Mul (n, w) y = Add (g, c)""",
     "an exporter's identities and wide parameters": """w3 = Constant <value = int64[3] {1, 1, 8}> () wi = Identity (w)
         ww = Reshape (wi, w3) m = ReduceMean <axes = [-1]> (x) xi = Identity (x) d = Sub (xi, m) p = Mul (d, d)
         v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) r = Sqrt (a) ri = Identity (r) n = Div (d, ri) g = Mul (n, ww)
@@ -97,8 +100,8 @@ NORMS = {
         a = Add (v, eps) r = Sqrt (a) n = Div (d, r) g = Mul (n, w) y = Add (g, c)""",
 }
 RMS = {
-    "pow, reciprocal": """p = Pow (x, two) q = ReduceMean <axes = [-1]> (p) a = Add (q, eps) r = Sqrt (a) i = Reciprocal (r)
-        n = Mul (x, i) y = Mul (n, w)""",
+    "pow, reciprocal": """p = Pow (x, two) q = ReduceMean <axes = [-1]> (p) a = Add (q, eps) r = Sqrt (a)
+        i = Reciprocal (r) n = Mul (x, i) y = Mul (n, w)""",
     "one over the root, commuted": """p = Mul (x, x) q = ReduceMean <axes = [-1]> (p) a = Add (eps, q) r = Sqrt (a)
         i = Div (one, r) k = Mul (w, i) y = Mul (k, x)""",
     "gemma": """k = Add (one, w) p = Mul (x, x) q = ReduceMean <axes = [-1]> (p) a = Add (q, eps) r = Sqrt (a)
@@ -157,12 +160,12 @@ def test_norms_that_are_none(body, reason, tmp_path):
 
 # ---- linear layers and activations, in half precision
 
-HALF = "float[8, 4] w = {%s}, float[4] c = {0.5, -0.5, 0.25, 1.0}" % ", ".join(str((i % 7 - 3) / 8) for i in range(32))
+WEIGHT = ", ".join(str((i % 7 - 3) / 8) for i in range(32))
+HALF = f"float[8, 4] w = {{{WEIGHT}}}, float[4] c = {{0.5, -0.5, 0.25, 1.0}}"
+NUMBERS_OF = {"half": 0.5, "one": 1.0, "root": 1.4142, "inv": 0.7071, "three": 3.0, "cub": 0.044715, "sl": 0.79788}
 CONSTANTS = {
-    name: f"{name} = Constant <value = float {{{value}}}> ()"
-    for name, value in {"half": 0.5, "one": 1.0, "root": 1.4142, "inv": 0.7071, "three": 3.0, "cub": 0.044715, "sl": 0.79788,
-                        "q": 1.702}.items()
-}  # fmt: skip
+    name: f"{name} = Constant <value = float {{{value}}}> ()" for name, value in {**NUMBERS_OF, "q": 1.702}.items()
+}
 ACTIVATED = {
     "relu": "y = Relu (l)",
     "tanh": "y = Tanh (l)",
@@ -202,7 +205,8 @@ def test_a_layer_whose_result_is_wanted_keeps_it(tmp_path):
 
 GATED = {
     "two layers": "a = MatMul (x, w) u = MatMul (x, v) g = Sigmoid (a) s = Mul (a, g) y = Mul (s, u)",
-    "one layer split": """z = MatMul (x, wide) a, u = Split <axis = -1> (z) g = Sigmoid (a) s = Mul (a, g) y = Mul (u, s)""",
+    "one layer split": """z = MatMul (x, wide) a, u = Split <axis = -1> (z) g = Sigmoid (a) s = Mul (a, g)
+        y = Mul (u, s)""",
     "one layer sliced": """zero = Constant <value = int64[1] {0}> () four = Constant <value = int64[1] {4}> ()
         eight = Constant <value = int64[1] {8}> () ax = Constant <value = int64[1] {2}> () z = MatMul (x, wide)
         u = Slice (z, zero, four, ax) a = Slice (z, four, eight, ax) g = Sigmoid (a) s = Mul (a, g) y = Mul (u, s)""",
@@ -274,7 +278,8 @@ def test_interleaved_rotary_embeddings(tmp_path):
     """As GPT-J turns neighbours."""
     body = f"""{NUMBERS} end = Constant <value = int64[1] {{9223372036854775807}}> () even = Slice (x, n0, end, n3, n2)
         odd = Slice (x, n1, end, n3, n2) m = Neg (odd) u = Unsqueeze (m, n4) v = Unsqueeze (even, n4)
-        r5 = Concat <axis = -1> (u, v) sh = Shape (x) r = Reshape (r5, sh) a = Mul (x, cos) e = Mul (r, sin) y = Add (a, e)"""
+        r5 = Concat <axis = -1> (u, v) sh = Shape (x) r = Reshape (r5, sh) a = Mul (x, cos) e = Mul (r, sin)
+        y = Add (a, e)"""
     report, (node,) = rewritten(model(body, HEADS, "float[b, 2, s, 8] y"), tmp_path)
     assert report.replaced == {"rotary_embedding": 1}
     assert node.attributes["interleaved"].value == 1
@@ -302,12 +307,12 @@ ATTENTION = {
         o = Einsum <equation = "bhqk,bkhd->bqhd"> (w, k) y = Reshape (o, three)""",
     "paddle: transposed products, scale first": f"""{SPLIT} {MERGE} qr = Reshape (x, four)
         q = Transpose <perm = [0, 2, 1, 3]> (qr) kr = Reshape (z, four) k = Transpose <perm = [0, 2, 1, 3]> (kr)
-        qs = Mul (half, q) kt = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (qs, kt) w = Softmax (p) o = MatMul (w, k)
-        t0 = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape (t0, three)""",
+        qs = Mul (half, q) kt = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (qs, kt) w = Softmax (p)
+        o = MatMul (w, k) t0 = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape (t0, three)""",
     "keys transposed twice": f"""{SPLIT} {MERGE} qr = Reshape (x, four) q = Transpose <perm = [0, 2, 1, 3]> (qr)
         kr = Reshape (z, four) k1 = Transpose <perm = [0, 2, 3, 1]> (kr) v = Transpose <perm = [0, 2, 1, 3]> (kr)
-        p = MatMul (q, k1) ps = Mul (p, half) w = Softmax (ps) o = MatMul (w, v) t0 = Transpose <perm = [0, 2, 1, 3]> (o)
-        y = Reshape (t0, three)""",
+        p = MatMul (q, k1) ps = Mul (p, half) w = Softmax (ps) o = MatMul (w, v)
+        t0 = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape (t0, three)""",
     "onnxruntime's product": f"""{SPLIT} {MERGE} qr = Reshape (x, four) q = Transpose <perm = [0, 2, 1, 3]> (qr)
         kr = Reshape (z, four) k = Transpose <perm = [0, 2, 1, 3]> (kr)
         p = com.microsoft.FusedMatMul <transB = 1, alpha = 0.5> (q, k) w = Softmax (p) o = MatMul (w, k)
@@ -327,7 +332,8 @@ def test_attention_of_other_exporters(form, tmp_path):
 
 MASKS = {
     "a bool, switched on": ("bool[b, t] m", "a = Constant <value = int64[2] {1, 2}> () u = Unsqueeze (m, a) "
-                            "n = Not (u) f = Cast <to = 1> (n) low = Constant <value = float {-3.4028235e38}> () bias = Mul (f, low)", "lm"),
+                            "n = Not (u) f = Cast <to = 1> (n) low = Constant <value = float {-3.4028235e38}> () "
+                            "bias = Mul (f, low)", "lm"),
     "an integer, switched on": ("int64[b, t] m", "a = Constant <value = int64[2] {1, 2}> () u = Unsqueeze (m, a) "
                                 "f = Cast <to = 1> (u) one = Constant <value = float {1.0}> () d = Sub (one, f) "
                                 "low = Constant <value = float {-10000.0}> () bias = Mul (d, low)", "b"),
@@ -371,7 +377,9 @@ def test_grouped_keys_are_not_repeated(tmp_path):
 
 
 def test_inside_of_a_condition(tmp_path):
-    body = "y = If (on) <then_branch = a () => (float[b, s, 8] ya) { ya = LayerNormalization (x, w, c) }, else_branch = e () => (float[b, s, 8] ye) { ye = Identity (x) }>"
+    then = "a () => (float[b, s, 8] ya) { ya = LayerNormalization (x, w, c) }"
+    other = "e () => (float[b, s, 8] ye) { ye = Identity (x) }"
+    body = f"y = If (on) <then_branch = {then}, else_branch = {other}>"
     proto = model(body, "float[b, s, 8] x, bool on", "float[b, s, 8] y", PARAMETERS)
     source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
     onnx.save(proto, source)
@@ -424,3 +432,50 @@ def test_the_kernels_give_the_same(tmp_path):
     with trimaran.interpret():
         got = trimaran.ort_session(tmp_path / "out.onnx", ["CPUExecutionProvider"]).run(None, feeds)
     np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
+
+
+# ---- the report
+
+
+def test_the_report_as_json_and_as_a_page(tmp_path):
+    body = NORMS["pow, sqrt, div"] + " f = Cast <to = 1> (w8) d2 = Mul (f, eps) z = MatMul (y, d2)"
+    constants = f"{PARAMETERS}, int8[8, 2] w8 = {{{', '.join(map(str, range(16)))}}}"
+    proto = model(body, "float[b, s, 8] x", "float[b, s, 2] z", constants)
+    onnx.save(proto, tmp_path / "in.onnx")
+    report = trimaran.rewrite_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    found = json.loads(json.dumps(report.as_dict()))
+    assert found["replaced"] == {"layer_norm": 1}
+    reason = "its weight is dequantized from int8, which no op here multiplies yet"
+    assert found["near_misses"] == [{"rule": "linear", "node": "z", "reason": reason, "value": "d2"}]
+    page = report.page()
+    assert page.count("<li ") == len(report.before) + len(report.after)
+    assert "<b>trimaran.layer_norm</b>" in page
+    assert "<b>ReduceMean</b>" in page
+    assert reason in page
+    assert "http" not in page, "nothing from outside"
+
+
+def test_names_in_a_page_are_text(tmp_path):
+    proto = model("y = Relu (x)", "float[b] x", "float[b] y")
+    proto.graph.node[0].name = "<script>alert(1)</script>"
+    onnx.save(proto, tmp_path / "in.onnx")
+    assert "<script>" not in trimaran.rewrite_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx").page()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    onnx.save(model(NORMS["the operator"], "float[b, s, 8] x", "float[b, s, 8] y", PARAMETERS), tmp_path / "in.onnx")
+    monkeypatch.chdir(tmp_path)
+    app(["rewrite", "in.onnx", "out.onnx", "--html", "page.html", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["replaced"] == {"layer_norm": 1}
+    assert "trimaran.layer_norm" in (tmp_path / "page.html").read_text()
+    assert app(["rewrite", "in.onnx", "out.onnx"], standalone_mode=False) == 2, "it exists"
+    assert "which exists" in capsys.readouterr().err
+
+
+def test_progress_is_told(tmp_path):
+    onnx.save(model(NORMS["the operator"], "float[b, s, 8] x", "float[b, s, 8] y", PARAMETERS), tmp_path / "in.onnx")
+    told = []
+    trimaran.rewrite_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", progress=lambda *now: told.append(now))
+    assert told[0] == ("shapes", 0.0)
+    assert told[-1] == ("done", 1.0)
+    assert [done for _, done in told] == sorted(done for _, done in told)

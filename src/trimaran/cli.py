@@ -1,4 +1,4 @@
-"""The command line: `trimaran demo`, `info`, `verify`, `compare-fusions`, and what measures and checks kernels."""
+"""The command line: `trimaran demo`, `info`, `rewrite`, `verify`, `compare-fusions`, and what measures and checks."""
 
 import json
 import sys
@@ -57,6 +57,37 @@ def demo(
         errors.print(f"[red]FAILED: {failure}")
     if found.failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def rewrite(
+    src: Annotated[Path, typer.Argument(help="Anybody's ONNX file.")],
+    dst: Annotated[Path, typer.Argument(help="The file to write.")],
+    html: Annotated[Path | None, typer.Option(help="Write the report, with both graphs, as a page.")] = None,
+    verify: Annotated[bool, typer.Option(help="Run both files and compare.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make an ONNX file's attention, norm and linear nodes trimaran's, and say what was left and why."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    from trimaran.export.rewrite_onnx import rewrite_onnx
+    from trimaran.export.verify import VerificationError
+
+    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    try:
+        with Progress(TextColumn("{task.description}"), BarColumn(), console=errors, transient=True) as bar:
+            task = bar.add_task("reading", total=1.0)
+            report = rewrite_onnx(
+                src, dst, verify=verify, overwrite=overwrite,
+                progress=lambda stage, done: bar.update(task, description=stage, completed=done),
+            )  # fmt: skip
+    except (OSError, ValueError, TypeError, VerificationError) as error:
+        errors.print(str(error), style="red", markup=False)
+        raise typer.Exit(2) from error
+    if html is not None:
+        html.write_text(report.page(), encoding="utf-8")
+    console.print(json.dumps(report.as_dict(), indent=2) if as_json else str(report), markup=False, highlight=False)
 
 
 @app.command()
