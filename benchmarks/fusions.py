@@ -27,7 +27,7 @@ from trimaran.export.rewrite_onnx import rewrite
 
 KINDS = ("attention", "norm", "residual norm", "rotary", "gated", "activation")
 FUSED = "-transformers-fused"  # in the name of a file that transformers' exporter wrote with its own fusions
-MODEL_TYPES = ("bert", "gpt2", "t5", "vit", "clip", "bart", "phi", "qwen3")
+MODEL_TYPES = ("bert", "gpt2", "t5", "vit", "clip", "bart")
 THEIRS = {
     "attention": {"Attention", "MultiHeadAttention", "GroupQueryAttention", "DecoderMaskedMultiHeadAttention",
                   "DecoderMaskedSelfAttention", "QAttention", "PackedAttention", "PackedMultiHeadAttention"},
@@ -130,7 +130,7 @@ def compare(paths: Sequence[Path], done: Callable[[str], None] = lambda _: None)
     files = {}
     for path in (path for path in paths if path not in fused.values()):
         row: dict[str, Any] = {name: _counted(optimizer, path) for name, optimizer in OPTIMIZERS.items()}
-        exported = next((file for family, file in fused.items() if path.stem.startswith(f"{family}-")), None)
+        exported = next((file for family, file in fused.items() if path.stem.startswith(_forms(family))), None)
         row["transformers exporter"] = (
             "not one of its models" if exported is None else _counted(lambda p: theirs(ir.load(p).graph), exported)
         )
@@ -193,6 +193,10 @@ def _counted(optimizer: Callable[[Path], Counter[str]], path: Path) -> dict[str,
         text = str(error).strip().splitlines()
         return f"{type(error).__name__}: {text[0][:160] if text else ''}"
     return {kind: counts[kind] for kind in KINDS}
+
+
+def _forms(family: str) -> tuple[str, ...]:
+    return f"{family}-dynamo-", f"{family}-torchscript-"
 
 
 def _names(node: Any) -> list[Any]:
