@@ -26,7 +26,7 @@ import onnxruntime
 from onnx import TensorProto, numpy_helper
 
 from trimaran.export.rewrite_onnx import rewrite_onnx
-from trimaran.export.verify import CannotVerify, example_inputs, relative_error
+from trimaran.export.verify import LIMITS, CannotVerify, example_inputs, relative_error
 
 REFUSALS = (ValueError, FileNotFoundError, PermissionError)
 LARGEST = 1 << 20  # elements of an input; a mutant may ask for any number
@@ -237,7 +237,7 @@ def judged(source: Path, target: Path) -> str:
         if got[name].shape != reference.shape or got[name].dtype != reference.dtype:
             return f"wrong: {name} is {got[name].dtype}{got[name].shape}, was {reference.dtype}{reference.shape}"
         error = relative_error(got[name], reference)
-        if error > 1e-4 and not error <= 100 * noise(source, feeds, name, reference):
+        if error > LIMITS.get(str(reference.dtype), 1e-4) and not error <= 100 * noise(source, feeds, name, reference):
             return f"wrong: {name} differs by {error:.3g}"
     return "right"
 
@@ -259,9 +259,8 @@ def results(path: Path, feeds: dict[str, Any]) -> dict[str, Any]:
 
 def noise(source: Path, feeds: dict[str, Any], name: str, reference: Any) -> float:
     """How far an output goes when its inputs change by a rounding: a mutant may have no stable result."""
-    moved = {
-        key: x * np.asarray(1 + 1e-6, x.dtype) if x.dtype.kind == "f" else x for key, x in feeds.items()
-    }  # fmt: skip
+    moved = {key: x * np.asarray(1 + 8 * np.finfo(x.dtype).eps, x.dtype) if x.dtype.kind == "f" else x
+             for key, x in feeds.items()}  # fmt: skip
     error = relative_error(results(source, moved)[name], reference)
     return error if np.isfinite(error) else float("inf")
 

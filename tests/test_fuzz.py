@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper, parser
+from onnx import TensorProto, numpy_helper, parser
 
 import trimaran
 
@@ -51,9 +51,25 @@ def seeds(tmp_path_factory):
     for name, shape in WEIGHTS.items():
         model.graph.initializer.append(numpy_helper.from_array(generator.standard_normal(shape).astype("f") / 4, name))
     onnx.save(model, folder / "layer.onnx")
+    onnx.save(in_half(model), folder / "half.onnx")
     report = trimaran.rewrite_onnx(folder / "layer.onnx", folder / "rewritten.onnx")
     assert report.replaced["attention"] == 1
+    report = trimaran.rewrite_onnx(folder / "half.onnx", folder / "rewritten_half.onnx")
+    assert report.replaced["linear"] > 0
     return folder
+
+
+def in_half(model):
+    """The same in fp16, in which linear layers are rewritten too."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    for value in [*model.graph.input, *model.graph.output]:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    constants = [a.t for node in model.graph.node for a in node.attribute if a.name == "value"]
+    for tensor in [*model.graph.initializer, *constants]:
+        if tensor.data_type == TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    return model
 
 
 def outcomes(folder: Path, first: int, last: int) -> Counter[str]:
