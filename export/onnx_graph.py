@@ -260,7 +260,8 @@ def permutation(node: ir.Node | None) -> list[int] | None:
         return None
     order = attr(node, "perm", None)
     rank = len(dims(node.inputs[0]) or ())
-    return list(order) if order is not None else list(range(rank - 1, -1, -1))
+    order = list(order) if order is not None else list(range(rank - 1, -1, -1))
+    return order if sorted(order) == [*range(len(order))] else None
 
 
 def last_axis(node: ir.Node, axis: int, rank: int | None) -> bool:

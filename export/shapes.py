@@ -163,8 +163,19 @@ def infer(graph: ir.Graph | ir.Function) -> None:
 
 
 def infer_node(node: ir.Node) -> None:
-    reader = _READERS.get(node.op_type)
-    op = node.op_type
+    try:
+        found = shapes_of(node)
+    except (IndexError, ZeroDivisionError):  # ranks or axes that the operator does not allow: nothing is known of it
+        found = None
+    shapes = found if isinstance(found, list) else [found]
+    for index, value in enumerate(node.outputs):
+        typed(value, dtype_of_output(node))
+        note(value, shapes[index] if index < len(shapes) else None, contents(node) if index == 0 else None)
+
+
+def shapes_of(node: ir.Node) -> Any:
+    """Of its first output, or as a list of all of them; None where nothing is known."""
+    reader, op = _READERS.get(node.op_type), node.op_type
     found: Any = None
     if op in _ALIKE:
         found = dims(node.inputs[0])
@@ -172,20 +183,7 @@ def infer_node(node: ir.Node) -> None:
         found = broadcast_all([dims(value) for value in node.inputs])
     elif reader is not None and (node.domain in STANDARD) == (op not in FOREIGN):
         found = reader(node)
-    if op.startswith("Skip"):
-        found = [found, None, None, found]
-    for index, value in enumerate(node.outputs):
-        typed(value, dtype_of_output(node))
-        shape = (
-            found[index]
-            if isinstance(found, list) and index < len(found)
-            else None
-            if isinstance(found, list)
-            else found
-            if index == 0
-            else None
-        )
-        note(value, shape, contents(node) if index == 0 else None)
+    return [found, None, None, found] if op.startswith("Skip") else found
 
 
 def typed(value: ir.Value, dtype: ir.DataType | None) -> None:
@@ -196,7 +194,7 @@ def typed(value: ir.Value, dtype: ir.DataType | None) -> None:
 
 def dtype_of_output(node: ir.Node) -> ir.DataType | None:
     """Where onnx could not infer it, after an operator that it does not know."""
-    if node.op_type == "Cast":
+    if node.op_type == "Cast" and "to" in node.attributes:
         return ir.DataType(node.attributes["to"].value)
     if node.op_type in _BOOL:
         return ir.DataType.BOOL

@@ -65,7 +65,7 @@ def problem_with(match: Norm) -> str | None:
             continue
         if dtype_of(value) not in layer_norm.types["T"] or dtype_of(value) != dtype_of(match.x):
             return f"{name} is {dtype_of(value)}, supported are {', '.join(layer_norm.types['T'])}, all alike"
-        if value is not match.x and not is_vector(value, match.x):
+        if name != "x" and not is_vector(value, match.x):
             return f"{name} has shape {readable(dims(value))}, expected [N] = {readable((shape or (None,))[-1:])}"
     return None
 

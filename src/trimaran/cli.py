@@ -1,4 +1,4 @@
-"""The command line: `trimaran demo`, `info`, `rewrite`, `bench-kernels`, `check-kernels`, `bench-nodes` and `soak`."""
+"""The command line: `trimaran demo`, `info`, `rewrite`, `verify`, `compare-fusions`, and what measures and checks."""
 
 import json
 import sys
@@ -164,6 +164,58 @@ def check_kernels(
     console.print(f"{len(found)} variants, {repeats} runs each: {sum(found.values())} differ")
     if failed or any(found.values()):
         raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    first: Annotated[Path, typer.Argument(help="The ONNX file that is right.")],
+    second: Annotated[Path, typer.Argument(help="The one to compare with it.")],
+    inputs: Annotated[Path | None, typer.Option(help="An .npz file of inputs by name; random ones if none.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Run two ONNX files on the same inputs, on the CPU. Fails where they differ, and says from which node on; and in
+    half precision, which nodes to keep in fp32 so that they do not."""
+    import numpy as np
+
+    from trimaran.export.differences import verify_files
+    from trimaran.export.verify import CannotVerify
+
+    try:
+        given = None if inputs is None else dict(np.load(inputs))
+        found = verify_files(first, second, given, seed)
+    except (CannotVerify, OSError, ValueError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False)
+        raise typer.Exit(2) from error
+    if as_json:
+        print(json.dumps({"ok": found.ok, **asdict(found)}, indent=2))
+    else:
+        for line in found.lines():
+            print(line)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare_fusions(
+    files: Annotated[list[Path], typer.Argument(help="ONNX files.")],
+    out: Annotated[Path, typer.Option(help="The folder for fusions.json and fusions.md.")] = Path("build/fusions"),
+) -> None:
+    """Count what each optimizer of ONNX files finds in these: attention, norms, residual norms, rotary embeddings,
+    gated and activated linear layers. Ours against ONNX Runtime's two, onnxscript's and transformers'."""
+    from trimaran.benchmarks import fusions as job
+
+    errors = Console(stderr=True, soft_wrap=True)
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        errors.print(f"files has {', '.join(missing)}, expected ONNX files", style="red", markup=False)
+        raise typer.Exit(2)
+    found = job.compare(files, lambda text: errors.print(text, markup=False, highlight=False))
+    job.write(found, out)
+    fewer = [f"{file}: {', '.join(kinds)}" for file, row in found["files"].items() if (kinds := job.fewer(row))]
+    print(f"{len(found['files'])} files, somebody finds more than we in {len(fewer)}; {out / 'fusions.md'}")
+    for text in fewer:
+        print(f"  {text}")
 
 
 @app.command()
