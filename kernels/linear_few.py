@@ -118,6 +118,8 @@ def few_rows(
                 copy_weight(up_ptr, stride_up, columns, column, k, last, up_ring.index(slot), TRANSPOSE, BLOCK_N)
             copy_rows(x_ptr, stride_x, rows, row, k, last, x_ring.index(slot), BLOCK_M)
             async_copy.commit_group()
+        # Beyond the depth zeros are copied: they too have to be here before what follows gets the ring's memory.
+        async_copy.wait_group(0)
     return acc, up
 
 
