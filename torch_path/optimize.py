@@ -9,25 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch._dynamo.utils import graph_break_reasons
 from torch.fx import GraphModule, Node
+from torch.nn import Parameter
 
 from trimaran.torch_path import autocast, ops
 from trimaran.torch_path.capture import compiled, retrace
-from trimaran.torch_path.half import with_side_copies
+from trimaran.torch_path.graphs import MAX_GRAPHS, Graphs, Replayed, current, obstacle
+from trimaran.torch_path.half import SideCopies, side_copies
 from trimaran.torch_path.report import Report
 from trimaran.torch_path.rewrite import RULES, Rule, rewrite
+from trimaran.torch_path.signature import Call
 
 _OPTIMIZED: weakref.WeakKeyDictionary[torch.nn.Module, OptimizedCall] = weakref.WeakKeyDictionary()
 HALVES = (torch.float16, torch.bfloat16)
 
 
 def optimize_model(
-    model: torch.nn.Module, *, dtype: torch.dtype | None = None, rules: Sequence[Rule] = RULES
+    model: torch.nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    rules: Sequence[Rule] = RULES,
+    max_graphs: int = MAX_GRAPHS,
 ) -> Report:
     """Let `model(...)` run on the kernels. Returns its live report, empty until the first call.
 
@@ -39,15 +46,20 @@ def optimize_model(
     copies of the weights kept on the side. In fp16, layers that their model keeps in fp32 (T5's `wo`) stay in fp32. The
     copies follow every change of a weight but one through `weight.data`; call `refresh(model)` after that.
     rules: the fusions, in order; `RULES` unless given.
+    max_graphs: how many CUDA graphs are kept, those least recently used going first; 0 for none. A kind of call
+    (shapes, dtypes, flags) is captured when it comes for the second time.
 
     Models inside it that are also called by themselves (the encoder, in `generate`; the transformer of a
     sentence-transformers object) are optimized with it, and tell the same report.
 
-    Raises TypeError for anything but a `torch.nn.Module`, ValueError for one that is compiled already or another dtype.
+    Raises TypeError for anything but a `torch.nn.Module`, ValueError for one that is compiled already, another dtype or
+    a negative max_graphs.
     """
     model = inner_model(model)
     if dtype is not None and dtype not in HALVES:
         raise ValueError(f"dtype is {dtype}, expected torch.float16, torch.bfloat16 or None")
+    if max_graphs < 0:
+        raise ValueError(f"max_graphs is {max_graphs}, expected 0 or more")
     if model in _OPTIMIZED:
         if _OPTIMIZED[model].dtype is not dtype:
             raise ValueError(
@@ -56,12 +68,12 @@ def optimize_model(
         return _OPTIMIZED[model].report
     if model._compiled_call_impl is not None:
         raise ValueError("model is compiled (model.compile() was called), expected a model that runs eagerly")
-    optimized = OptimizedCall(model, rules, dtype, Report(type(model).__name__))
+    optimized = OptimizedCall(model, rules, dtype, Graphs(Report(type(model).__name__), max_graphs))
     _OPTIMIZED[model] = optimized
     model._compiled_call_impl = optimized
     for part in model.modules():
         if hasattr(part, "base_model_prefix") and part._compiled_call_impl is None:  # a model of transformers
-            part._compiled_call_impl = OptimizedCall(part, rules, dtype, optimized.report)
+            part._compiled_call_impl = OptimizedCall(part, rules, dtype, optimized.graphs)
     return optimized.report
 
 
@@ -72,6 +84,7 @@ def restore(model: torch.nn.Module) -> None:
         if call.report is optimized.report:
             del part._compiled_call_impl
             _OPTIMIZED.pop(part, None)
+    optimized.graphs.clear()
 
 
 def report(model: torch.nn.Module) -> Report:
@@ -129,34 +142,38 @@ class OptimizedCall:
     """What `model.__call__` goes to while the model is optimized."""
 
     def __init__(
-        self, model: torch.nn.Module, rules: Sequence[Rule], dtype: torch.dtype | None, report: Report
+        self, model: torch.nn.Module, rules: Sequence[Rule], dtype: torch.dtype | None, graphs: Graphs
     ) -> None:
         self.model = weakref.ref(model)  # the model owns this object
-        self.rules, self.dtype, self.report = rules, dtype, report
+        self.rules, self.dtype, self.graphs, self.report = rules, dtype, graphs, graphs.report
         self.start()
 
     def start(self) -> None:
         model = self.model()
         assert model is not None
-        self.runs = 0
+        self.graphs.clear()
         self.compiled = compiled(model._call_impl, self.backend)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # so that a model inside a compiled one stays ours
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
         assert model is not None
-        reason = self.obstacle(model, args, kwargs)
+        call = Call(self, args, kwargs)
+        reason = self.obstacle(model, call, args, kwargs)
         if reason is not None:
             self.report.fallbacks[reason] += 1
             return model._call_impl(*args, **kwargs)
-        listener = ops.on_decline.set(self.declined)
-        runs, breaks = self.runs, len(graph_break_reasons)
+        self.graphs.guess(call)  # first of all: what follows runs while the GPU works
+        listener, outer = ops.on_decline.set(self.declined), current.set(call)
+        breaks = len(graph_break_reasons)
         try:
             with torch.no_grad(), self.precision(model):
                 return self.compiled(*args, **kwargs)
         finally:
             ops.on_decline.reset(listener)
-            if self.runs == runs:
+            current.reset(outer)
+            self.graphs.settle(call)
+            if not call.ran:
                 limit = torch._dynamo.config.recompile_limit
                 self.report.fallbacks[f"Dynamo ran the untouched model (recompile_limit is {limit})"] += 1
             if len(graph_break_reasons) > breaks:
@@ -168,12 +185,12 @@ class OptimizedCall:
         device = next((parameter.device.type for parameter in model.parameters()), "cpu")
         return torch.autocast(device, dtype=self.dtype)
 
-    def obstacle(self, model: torch.nn.Module, args: Any, kwargs: Any) -> str | None:
+    def obstacle(self, model: torch.nn.Module, call: Call, args: Any, kwargs: Any) -> str | None:
         """The reason why this call must run the untouched model, None where there is none."""
         if model.training:
             return "the model is in training mode"
         if torch.is_grad_enabled():
-            leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs)) if call.opaque else call.tensors
             if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
                 return "an input requires a gradient"
         return None
@@ -184,19 +201,13 @@ class OptimizedCall:
         if mixed:
             autocast.explicit_casts(graph, self.stays_in_fp32)
         self.report.graphs.append(rewrite(graph, self.rules))
-        run: Callable[..., Any] = graph.forward
+        halves = SideCopies([])
         if self.dtype is not None:
-            parameters = [i for i, given in enumerate(example_inputs) if isinstance(given, torch.nn.Parameter)]
-            run = with_side_copies(graph, parameters)
-
-        def counted(*args: Any) -> Any:
-            self.runs += 1
-            if not mixed:
-                return run(*args)
-            with torch._C._DisableAutocast():
-                return run(*args)
-
-        return counted
+            halves = side_copies(graph, [i for i, given in enumerate(example_inputs) if isinstance(given, Parameter)])
+        if (model := self.model()) is not None:
+            self.graphs.sweep(model)
+        run = autocast.without(graph.forward) if mixed else graph.forward
+        return Replayed(self.graphs, run, halves, obstacle(graph))
 
     def stays_in_fp32(self, node: Node) -> bool:
         """Whether the node belongs to a layer that its model keeps in fp32 when all else is fp16."""
