@@ -1,7 +1,5 @@
 """A stand-in for CUDA graphs on the CPU: what is recorded is run again, and writes where it wrote before."""
 
-import contextlib
-
 import torch
 
 from trimaran.torch_path import graphs
@@ -20,9 +18,11 @@ class FakeRecorder:
     def ready(self):
         return True
 
-    @contextlib.contextmanager
-    def turn(self):
-        yield
+    def begin(self):
+        pass
+
+    def end(self):
+        pass
 
     def record(self, run, inputs):
         if FakeRecorder.fail is not None:

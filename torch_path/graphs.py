@@ -37,6 +37,10 @@ MOVED = "the model, or a tensor that is no argument of the call, is another ever
 current: contextvars.ContextVar[Call | None] = contextvars.ContextVar("call", default=None)
 
 
+class Unguarded(Exception):
+    """The weights are of another kind than those that Dynamo compiled for, and its guards did not tell."""
+
+
 class Graphs:
     """All CUDA graphs of one model, at most `max_graphs` and about `max_bytes`. They share one memory pool, so they are
     replayed one after the other, from whatever thread or stream."""
@@ -90,6 +94,9 @@ class Graphs:
                 self.outdated[name] = 0
                 return recording.results.of(args, made)
             self.settle(call)
+        if not replayed.guarded(args) and first:
+            call.ran = False
+            raise Unguarded
         if (reason := self._obstacle(replayed, call, args)) is not None:
             if reason:
                 self.report.without_graph[reason] += 1
@@ -106,6 +113,8 @@ class Graphs:
         """Why no graph may answer; empty where that is no news."""
         devices = {a.device for a in args if isinstance(a, torch.Tensor)}
         if not self.max_graphs or all(recorder_of(device) is None for device in devices):
+            return ""
+        if any(not recorder.ready() for recorder in self.recorders.values()):
             return ""
         if len(devices) > 1:
             return f"tensors are on {' and '.join(sorted(map(str, devices)))}"
@@ -202,10 +211,21 @@ class Replayed:
         obstacle: str | None,
     ) -> None:
         self.graphs, self.run, self.complete, self.obstacle = graphs, run, complete, obstacle
+        self.forms: list[Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         call, args = current.get(), self.complete(args)
         return self.run(*args) if call is None else self.graphs.answer(self, call, args)
+
+    def guarded(self, args: tuple[Any, ...]) -> bool:
+        """Whether the parameters are of the kind of the first call's, and all tensors of its dtypes and devices. Guards
+        that look at dictionaries alone do not see what `model.half()` does."""
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        forms: list[Any] = [(t.dtype, t.device) for t in tensors]
+        forms += [t.shape for t in tensors if type(t) is torch.nn.Parameter]
+        if self.forms is None:
+            self.forms = forms
+        return forms == self.forms
 
 
 class Recording:
@@ -250,10 +270,12 @@ class Recording:
 
     def replay(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Launch the graph on copies of these tensors; fresh copies of what it computes. Under the lock."""
-        with self.recorder.turn():
-            self._fill(tensors)
-            self.launch()
-            return self.results.copies()
+        self.recorder.begin()
+        self._fill(tensors)
+        self.launch()
+        copies = self.results.copies()
+        self.recorder.end()
+        return copies
 
     def _fill(self, tensors: Sequence[torch.Tensor]) -> None:
         if self.buffers:

@@ -13,13 +13,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.decorators import skip
 from torch._dynamo.utils import graph_break_reasons
 from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
 from trimaran.torch_path import autocast, ops
 from trimaran.torch_path.capture import compiled, retrace
-from trimaran.torch_path.graphs import MAX_GRAPHS, Graphs, Replayed, current, obstacle
+from trimaran.torch_path.graphs import MAX_GRAPHS, Graphs, Replayed, Unguarded, current, obstacle
 from trimaran.torch_path.half import SideCopies, side_copies
 from trimaran.torch_path.report import Report
 from trimaran.torch_path.rewrite import RULES, Rule, rewrite
@@ -154,8 +156,13 @@ class OptimizedCall:
         self.graphs.clear()
         self.compiled = compiled(model._call_impl, self.backend)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]  # so that a model inside a compiled one stays ours
+    @skip  # Dynamo calls it, and looks no further
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if get_eval_frame_callback() is not None:  # a model inside a compiled one stays ours
+            return torch._dynamo.disable(self.called)(*args, **kwargs)
+        return self.called(*args, **kwargs)
+
+    def called(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
         assert model is not None
         call = Call(self, args, kwargs)
@@ -168,7 +175,11 @@ class OptimizedCall:
         breaks = len(graph_break_reasons)
         try:
             with torch.no_grad(), self.precision(model):
-                return self.compiled(*args, **kwargs)
+                try:
+                    return self.compiled(*args, **kwargs)
+                except Unguarded:  # before anything was computed
+                    self.start()
+                    return self.compiled(*args, **kwargs)
         finally:
             ops.on_decline.reset(listener)
             current.reset(outer)

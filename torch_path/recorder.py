@@ -20,8 +20,10 @@ class Recorder(Protocol):
     def record(self, run: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Callable[[], None], Any]:
         """Capture one call: what replays it, and what it returned, which each replay writes again."""
 
-    def turn(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, work is queued after all that was queued within earlier ones, on whatever stream."""
+    def begin(self) -> None:
+        """What is queued from now on comes after all that was queued before `end`, on whatever stream."""
+
+    def end(self) -> None: ...
 
     def ready(self) -> bool:
         """Whether graphs may be captured and replayed now."""
@@ -48,15 +50,15 @@ class CudaRecorder:
             self.anchor, _ = self._capture(lambda: None, [])  # a pool lives as long as one graph of it does
 
     def ready(self) -> bool:
-        return not torch.cuda.is_current_stream_capturing()  # by the user, whose graph then has all our kernels
+        return not torch._C._cuda_isCurrentStreamCapturing()  # by the user, whose graph then has all our kernels
 
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+    def begin(self) -> None:
+        stream: int = torch._C._cuda_getCurrentRawStream(self.device.index)
         if self.last is not None and stream != self.last:
             torch.cuda.current_stream(self.device).wait_event(self.event)
-        yield
         self.last = stream
+
+    def end(self) -> None:
         self.event.record(torch.cuda.current_stream(self.device))
 
     def record(self, run: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Callable[[], None], Any]:

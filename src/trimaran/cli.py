@@ -1,4 +1,4 @@
-"""The command line: `trimaran demo`, `info`, `bench-kernels`, `check-kernels`, `bench-nodes` and `soak`."""
+"""The command line: `trimaran demo`, `info`, `soak`, `check-kernels`, `bench-kernels`, `-nodes` and `-models`."""
 
 import json
 import sys
@@ -148,6 +148,29 @@ def bench_nodes(
     else:
         console.print(job.table(found))
         console.print(f"{out / 'nodes.json'}, {out / 'nodes.png'}", highlight=False, soft_wrap=True)
+    if failures := job.failures(found):
+        for failure in failures:
+            errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench_models(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, and slow engines in fewer cases.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder for models.json and models.png.")] = Path("build/bench-models"),
+    as_json: Json = False,
+) -> None:
+    """Measure BERT-base by every engine, inputs and outputs on the GPU. Fails where one of ours could not be timed."""
+    from trimaran.benchmarks import models as job  # everything is imported here, and only here
+
+    console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
+    found = job.bench(quick, errors)
+    job.write(found, out)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        console.print(job.table(found))
+        console.print(f"{out / 'models.json'}, {out / 'models.png'}", highlight=False, soft_wrap=True)
     if failures := job.failures(found):
         for failure in failures:
             errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
