@@ -18,6 +18,9 @@ class FakeRecorder:
     def ready(self):
         return True
 
+    def prepare(self, run, inputs):
+        pass
+
     def begin(self):
         pass
 

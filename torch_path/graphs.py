@@ -134,7 +134,8 @@ class Graphs:
             recording = None
         if recording is None:
             recorder = self._recorder(next(a.device for a in args if isinstance(a, torch.Tensor)))
-            if not self._known(name) or not recorder.ready():
+            if not self._known(name):
+                recorder.prepare(name[0].run, args)
                 return None
             recording = self._record(recorder, name, call, args)
         if recording is not None:

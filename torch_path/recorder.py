@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from trimaran.torch_path import ops
+
 _CAPTURING = threading.Lock()  # torch's random generators can be in one capture at a time
 
 
@@ -19,6 +21,9 @@ class Recorder(Protocol):
 
     def record(self, run: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Callable[[], None], Any]:
         """Capture one call: what replays it, and what it returned, which each replay writes again."""
+
+    def prepare(self, run: Callable[..., Any], inputs: Sequence[Any]) -> None:
+        """Make what a call needs once, before the first."""
 
     def begin(self) -> None:
         """What is queued from now on comes after all that was queued before `end`, on whatever stream."""
@@ -51,6 +56,9 @@ class CudaRecorder:
 
     def ready(self) -> bool:
         return not torch._C._cuda_isCurrentStreamCapturing()  # by the user, whose graph then has all our kernels
+
+    def prepare(self, run: Callable[..., Any], inputs: Sequence[Any]) -> None:
+        ops.compile_ahead(run, inputs, self.device)
 
     def begin(self) -> None:
         stream: int = torch._C._cuda_getCurrentRawStream(self.device.index)
