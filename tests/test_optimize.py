@@ -615,3 +615,26 @@ def test_minilm_finds_the_same_similarities():
     pairs = torch.stack([(vectors @ vectors.T)[*upper], human[*upper]])
     assert torch.corrcoef(pairs)[0, 1].item() == pytest.approx(0.656, abs=0.0015)
     assert report.replaced["attention"] == 6
+
+
+def test_a_batchs_mask_is_no_lookup(monkeypatch):
+    """transformers broadcasts it by indexing with every row and column; also where sizes are symbols nothing of that
+    is left."""
+    from trimaran.torch_path import optimize
+
+    seen, rewrite = [], optimize.rewrite
+
+    def watched(module, rules):
+        found = rewrite(module, rules)
+        seen.append({node.target for node in module.graph.nodes})
+        return found
+
+    monkeypatch.setattr(optimize, "rewrite", watched)
+    model = bert()
+    trimaran.optimize_model(model)
+    for size, length in ((3, 9), (4, 7), (5, 11)):
+        assert_as_right(model, batch(size, length))
+    assert len(seen) > 1
+    for targets in seen:
+        assert torch.ops.aten.index.Tensor not in targets
+        assert torch.ops.trimaran.attention.default in targets
