@@ -475,3 +475,13 @@ def test_kernels_are_compiled_side_by_side_and_kept(tmp_path, monkeypatch):
     kept = len(compiler._BINARIES)
     assert kept > 3
     assert len(list((tmp_path / ".cache" / "trimaran" / "kernels").iterdir())) == kept
+
+
+def test_a_model_that_goes_takes_its_graphs_along(device):
+    model, _ = optimized(Small(), device)
+    for _ in range(CALLS):
+        model(rows(2, 7, device))
+    left = [weakref.ref(model), weakref.ref(model._compiled_call_impl.graphs)]
+    del model
+    gc.collect()
+    assert [reference() for reference in left] == [None, None]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -211,12 +212,13 @@ class Replayed:
         complete: Callable[[tuple[Any, ...]], tuple[Any, ...]],
         obstacle: str | None,
     ) -> None:
-        self.graphs, self.run, self.complete, self.obstacle = graphs, run, complete, obstacle
+        self.graphs = weakref.ref(graphs)  # the model owns them; Dynamo may keep this for longer
+        self.run, self.complete, self.obstacle = run, complete, obstacle
         self.forms: list[Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        call, args = current.get(), self.complete(args)
-        return self.run(*args) if call is None else self.graphs.answer(self, call, args)
+        call, graphs, args = current.get(), self.graphs(), self.complete(args)
+        return self.run(*args) if call is None or graphs is None else graphs.answer(self, call, args)
 
     def guarded(self, args: tuple[Any, ...]) -> bool:
         """Whether the parameters are of the kind of the first call's, and all tensors of its dtypes and devices. Guards

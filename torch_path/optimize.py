@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
 from trimaran.torch_path import autocast, ops
+from trimaran.torch_path.buckets import Buckets
 from trimaran.torch_path.capture import compiled, retrace
 from trimaran.torch_path.graphs import MAX_GRAPHS, Graphs, Replayed, Unguarded, current, obstacle
 from trimaran.torch_path.half import SideCopies, side_copies
@@ -27,7 +28,6 @@ from trimaran.torch_path.report import Report
 from trimaran.torch_path.rewrite import RULES, Rule, rewrite
 from trimaran.torch_path.signature import Call
 
-_OPTIMIZED: weakref.WeakKeyDictionary[torch.nn.Module, OptimizedCall] = weakref.WeakKeyDictionary()
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -37,6 +37,7 @@ def optimize_model(
     dtype: torch.dtype | None = None,
     rules: Sequence[Rule] = RULES,
     max_graphs: int = MAX_GRAPHS,
+    buckets: Sequence[int] | None = None,
 ) -> Report:
     """Let `model(...)` run on the kernels. Returns its live report, empty until the first call.
 
@@ -50,32 +51,33 @@ def optimize_model(
     rules: the fusions, in order; `RULES` unless given.
     max_graphs: how many CUDA graphs are kept, those least recently used going first; 0 for none. A kind of call
     (shapes, dtypes, flags) is captured when it comes for the second time.
+    buckets: lengths that calls are padded to, for a text model that obeys its attention mask, so that a few graphs
+    answer calls of any length. Longer ones, and calls with other tensors than ids, mask and token types, stay as they
+    are.
 
     Models inside it that are also called by themselves (the encoder, in `generate`; the transformer of a
     sentence-transformers object) are optimized with it, and tell the same report.
 
-    Raises TypeError for anything but a `torch.nn.Module`, ValueError for one that is compiled already, another dtype or
-    a negative max_graphs.
+    Raises TypeError for anything but a `torch.nn.Module`, ValueError for one that is compiled already, another dtype, a
+    negative max_graphs, or buckets that are no lengths.
     """
     model = inner_model(model)
     if dtype is not None and dtype not in HALVES:
         raise ValueError(f"dtype is {dtype}, expected torch.float16, torch.bfloat16 or None")
     if max_graphs < 0:
         raise ValueError(f"max_graphs is {max_graphs}, expected 0 or more")
-    if model in _OPTIMIZED:
-        if _OPTIMIZED[model].dtype is not dtype:
-            raise ValueError(
-                f"dtype is {dtype}, the model is optimized with {_OPTIMIZED[model].dtype}: restore it first"
-            )
-        return _OPTIMIZED[model].report
+    if (known := _call_of(model)) is not None:
+        if known.dtype is not dtype:
+            raise ValueError(f"dtype is {dtype}, the model is optimized with {known.dtype}: restore it first")
+        return known.report
     if model._compiled_call_impl is not None:
         raise ValueError("model is compiled (model.compile() was called), expected a model that runs eagerly")
-    optimized = OptimizedCall(model, rules, dtype, Graphs(Report(type(model).__name__), max_graphs))
-    _OPTIMIZED[model] = optimized
+    bucketed = None if buckets is None else Buckets(buckets)
+    optimized = OptimizedCall(model, rules, dtype, Graphs(Report(type(model).__name__), max_graphs), bucketed)
     model._compiled_call_impl = optimized
     for part in model.modules():
         if hasattr(part, "base_model_prefix") and part._compiled_call_impl is None:  # a model of transformers
-            part._compiled_call_impl = OptimizedCall(part, rules, dtype, optimized.graphs)
+            part._compiled_call_impl = OptimizedCall(part, rules, dtype, optimized.graphs, part_of=optimized)
     return optimized.report
 
 
@@ -85,7 +87,6 @@ def restore(model: torch.nn.Module) -> None:
     for part, call in _calls(model):
         if call.report is optimized.report:
             del part._compiled_call_impl
-            _OPTIMIZED.pop(part, None)
     optimized.graphs.clear()
 
 
@@ -129,9 +130,16 @@ def inner_model(model: Any) -> torch.nn.Module:
 
 def _optimized(model: Any) -> OptimizedCall:
     inner = inner_model(model)
-    if inner not in _OPTIMIZED:
+    call = _call_of(inner)
+    if call is None:
         raise ValueError(f"model ({type(model).__name__}) is not optimized, call trimaran.optimize_model(model) first")
-    return _OPTIMIZED[inner]
+    return call
+
+
+def _call_of(model: torch.nn.Module) -> OptimizedCall | None:
+    """None for a model that is not optimized, or only as a part of another."""
+    call = vars(model).get("_compiled_call_impl")
+    return call if isinstance(call, OptimizedCall) and call.part_of is None else None
 
 
 def _calls(model: Any) -> list[tuple[torch.nn.Module, OptimizedCall]]:
@@ -144,9 +152,16 @@ class OptimizedCall:
     """What `model.__call__` goes to while the model is optimized."""
 
     def __init__(
-        self, model: torch.nn.Module, rules: Sequence[Rule], dtype: torch.dtype | None, graphs: Graphs
+        self,
+        model: torch.nn.Module,
+        rules: Sequence[Rule],
+        dtype: torch.dtype | None,
+        graphs: Graphs,
+        buckets: Buckets | None = None,
+        part_of: OptimizedCall | None = None,
     ) -> None:
         self.model = weakref.ref(model)  # the model owns this object
+        self.buckets, self.part_of = buckets, part_of
         self.rules, self.dtype, self.graphs, self.report = rules, dtype, graphs, graphs.report
         self.start()
 
@@ -154,7 +169,14 @@ class OptimizedCall:
         model = self.model()
         assert model is not None
         self.graphs.clear()
-        self.compiled = compiled(model._call_impl, self.backend)
+        me = weakref.ref(self)  # Dynamo keeps backends for ever
+
+        def backend(*args: Any, **kwargs: Any) -> Any:
+            call = me()
+            assert call is not None
+            return call.backend(*args, **kwargs)
+
+        self.compiled = compiled(model._call_impl, backend)
 
     @skip  # Dynamo calls it, and looks no further
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,6 +185,13 @@ class OptimizedCall:
         return self.called(*args, **kwargs)
 
     def called(self, *args: Any, **kwargs: Any) -> Any:
+        if self.buckets is None:
+            return self.answered(*args, **kwargs)
+        model = self.model()
+        assert model is not None
+        return self.buckets(model, self.answered, args, kwargs)
+
+    def answered(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
         assert model is not None
         call = Call(self, args, kwargs)
