@@ -98,13 +98,15 @@ def bert(device: torch.device) -> torch.nn.Module:
     return BertModel(config, add_pooling_layer=False).eval().to(device, dtype)  # type: ignore[no-any-return]
 
 
-def bench(
-    quick: bool, console: Console, engines: Sequence[Engine] = (), shapes: Sequence[Shape] = ()
-) -> dict[str, Any]:
-    """The result as it is written to JSON. On a machine without a GPU a tiny model only shows that it runs."""
+def bench(quick: bool, console: Console, names: Sequence[str] = (), shapes: Sequence[Shape] = ()) -> dict[str, Any]:
+    """The result as it is written to JSON. names: of engines, all of them where there is none. On a machine without a
+    GPU a tiny model only shows that it runs. ValueError for an unknown name."""
+    if unknown := set(names) - {engine.name for engine in ENGINES}:
+        raise ValueError(f"no engine {sorted(unknown)[0]!r}, expected some of {[engine.name for engine in ENGINES]}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = shapes or (SHAPES if device.type == "cuda" else TINY)
-    engines = [engine for engine in engines or ENGINES if device.type == "cuda" or not engine.cuda]
+    engines = [e for e in ENGINES if e.name in names or not names]
+    engines = [engine for engine in engines if device.type == "cuda" or not engine.cuda]
     model = bert(device)
     dtype = next(model.parameters()).dtype
     before = ceilings(device, dtype)
@@ -207,14 +209,9 @@ def _kernels(
 
 
 def _contender(engine: Engine, loaded: Ready | str, inputs: Sequence[Inputs]) -> Contender:
-    ready: dict[int, Run] = {}
-
     def prepare(number: int) -> Run:
         if isinstance(loaded, str):
             raise RuntimeError(loaded)
-        if engine.slow:  # compiled once for the shape: the first run's graph takes the other inputs as well
-            ready.setdefault(0, loaded(inputs[0]))
-            return ready[0]
         return loaded(inputs[number])
 
     return Contender(engine.name, prepare, engine.ours)

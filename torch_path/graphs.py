@@ -46,7 +46,10 @@ class Graphs:
     """All CUDA graphs of one model, at most `max_graphs` and about `max_bytes`. They share one memory pool, so they are
     replayed one after the other, from whatever thread or stream."""
 
-    def __init__(self, report: Report, max_graphs: int = MAX_GRAPHS, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self, model: torch.nn.Module, report: Report, max_graphs: int = MAX_GRAPHS, max_bytes: int = MAX_BYTES
+    ) -> None:
+        self.model = weakref.ref(model)
         self.report, self.max_graphs, self.max_bytes = report, max_graphs, max_bytes
         self.lock = threading.RLock()
         self.clear()
@@ -56,7 +59,7 @@ class Graphs:
         with self.lock:
             self.recordings: OrderedDict[Any, Recording] = OrderedDict()
             self.answers: dict[Any, Recording] = {}
-            self.outdated: OrderedDict[Any, int] = OrderedDict()  # how often in a row, for graphs and kinds of calls
+            self.failures: OrderedDict[Any, int] = OrderedDict()  # in a row: graphs that were outdated
             self.recorders: dict[torch.device, Recorder] = {}
             self._tell()
 
@@ -70,20 +73,25 @@ class Graphs:
                 call.guess = (recording, recording.replay(call.tensors))
 
     def settle(self, call: Call) -> None:
-        """A guess that nobody took was wrong, and its graph is outdated."""
+        """A guess that nobody took was wrong. Its graph stays while its weights are the model's: it was another graph's
+        turn, as where a flag goes back and forth, or where several fit these shapes."""
         if call.guess is not None:
-            with self.lock:
-                self._forget(call.guess[0])
-            call.guess = None
+            recording, call.guess = call.guess[0], None
+            if self._outdated([recording]):
+                with self.lock:
+                    self._forget(recording)
 
-    def sweep(self, model: torch.nn.Module) -> None:
+    def sweep(self) -> None:
         """Drop graphs that keep weights in memory which the model no longer has."""
-        present = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
         with self.lock:
-            for recording in list(self.recordings.values()):
-                if any(pointer not in present for pointer in recording.parameters):
-                    self._drop(recording)
+            for recording in self._outdated(list(self.recordings.values())):
+                self._drop(recording)
             self._tell()
+
+    def _outdated(self, recordings: Sequence[Recording]) -> list[Recording]:
+        model = self.model()
+        present = {p.data_ptr() for p in model.parameters()} if model is not None else set()
+        return [recording for recording in recordings if not present.issuperset(recording.parameters)]
 
     def answer(self, replayed: Replayed, call: Call, args: tuple[Any, ...]) -> Any:
         """The outputs of a rewritten graph for these arguments: from the guess, by a replay, or without a graph."""
@@ -92,7 +100,7 @@ class Graphs:
             recording, made = call.guess
             if recording.name == name and recording.holds(args, call.tensors):
                 call.guess = None
-                self.outdated[name] = 0
+                self._used(recording)
                 return recording.results.of(args, made)
             self.settle(call)
         if not replayed.guarded(args) and first:
@@ -102,12 +110,15 @@ class Graphs:
             if reason:
                 self.report.without_graph[reason] += 1
             return replayed.run(*args)
+        recorder, known = self._recorder(_device(args)), name in self.failures
         with self.lock:
-            recording = self._found(name, call, args)
+            recording = self._found(recorder, name, call, args)
             if recording is not None:
                 if first:
                     self.answers[call.key] = recording
                 return recording.results.of(args, recording.replay(call.tensors))
+        if not known:
+            recorder.prepare(replayed.run, args)
         return replayed.run(*args)
 
     def _obstacle(self, replayed: Replayed, call: Call, args: tuple[Any, ...]) -> str | None:
@@ -115,28 +126,28 @@ class Graphs:
         devices = {a.device for a in args if isinstance(a, torch.Tensor)}
         if not self.max_graphs or all(recorder_of(device) is None for device in devices):
             return ""
-        if any(not recorder.ready() for recorder in self.recorders.values()):
-            return ""
         if len(devices) > 1:
             return f"tensors are on {' and '.join(sorted(map(str, devices)))}"
         if call.opaque:
             return f"an argument is a {call.opaque}, neither a tensor nor a plain value"
         if any(strides_overlap(t) for t in call.tensors):
             return "elements of an argument share memory"
-        if self.outdated.get((replayed, call.key), 0) >= PATIENCE:
+        if self.failures.get((replayed, call.key), 0) >= PATIENCE:
             return MOVED
         return replayed.obstacle
 
-    def _found(self, name: tuple[Replayed, Any], call: Call, args: tuple[Any, ...]) -> Recording | None:
+    def _found(
+        self, recorder: Recorder, name: tuple[Replayed, Any], call: Call, args: tuple[Any, ...]
+    ) -> Recording | None:
         """A graph for these arguments, recorded where this kind of call comes for the second time."""
         recording = self.recordings.get(name)
         if recording is not None and not recording.holds(args, call.tensors):
             self._forget(recording)
             recording = None
+            if self.failures[name] >= PATIENCE:
+                return None
         if recording is None:
-            recorder = self._recorder(next(a.device for a in args if isinstance(a, torch.Tensor)))
             if not self._known(name):
-                recorder.prepare(name[0].run, args)
                 return None
             recording = self._record(recorder, name, call, args)
         if recording is not None:
@@ -147,11 +158,11 @@ class Graphs:
 
     def _known(self, name: tuple[Replayed, Any]) -> bool:
         """Whether a call of this kind came to this graph before. One that came is remembered."""
-        known = name in self.outdated
-        self.outdated.setdefault(name, 0)
-        self.outdated.move_to_end(name)
-        if len(self.outdated) > _SEEN:
-            self.outdated.popitem(last=False)
+        known = name in self.failures
+        self.failures.setdefault(name, 0)
+        self.failures.move_to_end(name)
+        if len(self.failures) > _SEEN:
+            self.failures.popitem(last=False)
         return known
 
     def _record(
@@ -166,11 +177,18 @@ class Graphs:
             return None
 
     def _recorder(self, device: torch.device) -> Recorder:
-        if device not in self.recorders:
-            made = recorder_of(device)
-            assert made is not None
-            self.recorders[device] = made()
-        return self.recorders[device]
+        with self.lock:
+            if device not in self.recorders:
+                made = recorder_of(device)
+                assert made is not None
+                self.recorders[device] = made()
+            return self.recorders[device]
+
+    def _used(self, recording: Recording) -> None:
+        with self.lock:
+            self.failures[recording.name] = 0
+            if recording.name in self.recordings:
+                self.recordings.move_to_end(recording.name)
 
     def _trim(self) -> None:
         """Keep to the limits; called with the newest graph in place."""
@@ -184,7 +202,7 @@ class Graphs:
         self._tell()
 
     def _forget(self, recording: Recording) -> None:
-        self.outdated[recording.name] = self.outdated.get(recording.name, 0) + 1
+        self.failures[recording.name] = self.failures.get(recording.name, 0) + 1
         self._drop(recording)
         self._tell()
 
@@ -283,6 +301,10 @@ class Recording:
     def _fill(self, tensors: Sequence[torch.Tensor]) -> None:
         if self.buffers:
             torch._foreach_copy_(self.buffers, [dense(tensors[index]) for _, index in self.copied])
+
+
+def _device(args: Sequence[Any]) -> torch.device:
+    return next(arg.device for arg in args if isinstance(arg, torch.Tensor))
 
 
 def buffer_like(tensor: torch.Tensor) -> torch.Tensor:

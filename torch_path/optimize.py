@@ -72,8 +72,9 @@ def optimize_model(
         return known.report
     if model._compiled_call_impl is not None:
         raise ValueError("model is compiled (model.compile() was called), expected a model that runs eagerly")
+    graphs = Graphs(model, Report(type(model).__name__), max_graphs)
     bucketed = None if buckets is None else Buckets(buckets)
-    optimized = OptimizedCall(model, rules, dtype, Graphs(Report(type(model).__name__), max_graphs), bucketed)
+    optimized = OptimizedCall(model, rules, dtype, graphs, bucketed)
     model._compiled_call_impl = optimized
     for part in model.modules():
         if hasattr(part, "base_model_prefix") and part._compiled_call_impl is None:  # a model of transformers
@@ -244,8 +245,7 @@ class OptimizedCall:
         halves = SideCopies([])
         if self.dtype is not None:
             halves = side_copies(graph, [i for i, given in enumerate(example_inputs) if isinstance(given, Parameter)])
-        if (model := self.model()) is not None:
-            self.graphs.sweep(model)
+        self.graphs.sweep()
         run = autocast.without(graph.forward) if mixed else graph.forward
         return Replayed(self.graphs, run, halves, obstacle(graph))
 

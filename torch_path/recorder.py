@@ -31,12 +31,15 @@ class Recorder(Protocol):
     def end(self) -> None: ...
 
     def ready(self) -> bool:
-        """Whether graphs may be captured and replayed now."""
+        """Whether a graph may be replayed now."""
 
 
 def recorder_of(device: torch.device) -> Callable[[], Recorder] | None:
-    """What makes a recorder for the device; None for one without graphs."""
-    return (lambda: CudaRecorder(device)) if device.type == "cuda" else None
+    """What makes a recorder for the device; None for one without graphs, and while the user captures, whose graph then
+    has all our kernels."""
+    if device.type != "cuda" or torch._C._cuda_isCurrentStreamCapturing():
+        return None
+    return lambda: CudaRecorder(device)
 
 
 class CudaRecorder:
@@ -55,7 +58,7 @@ class CudaRecorder:
             self.anchor, _ = self._capture(lambda: None, [])  # a pool lives as long as one graph of it does
 
     def ready(self) -> bool:
-        return not torch._C._cuda_isCurrentStreamCapturing()  # by the user, whose graph then has all our kernels
+        return not torch._C._cuda_isCurrentStreamCapturing()
 
     def prepare(self, run: Callable[..., Any], inputs: Sequence[Any]) -> None:
         ops.compile_ahead(run, inputs, self.device)
@@ -74,12 +77,14 @@ class CudaRecorder:
         self.stream.wait_stream(caller)
         if self.last is not None:
             self.stream.wait_event(self.event)
-        with self._alone():
-            run(*inputs)  # kernels are loaded and libraries get their workspaces, outside the pool
-            before = torch.cuda.memory_reserved(self.device)
-            graph, outputs = self._capture(run, inputs)
-            self.bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
-        caller.wait_stream(self.stream)
+        try:
+            with self._alone():
+                run(*inputs)  # kernels are loaded and libraries get their workspaces, outside the pool
+                before = torch.cuda.memory_reserved(self.device)
+                graph, outputs = self._capture(run, inputs)
+                self.bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
+        finally:
+            caller.wait_stream(self.stream)
         return graph.replay, outputs
 
     @contextlib.contextmanager

@@ -156,6 +156,7 @@ def bench_nodes(
 
 @app.command()
 def bench_models(
+    engines: Annotated[list[str] | None, typer.Argument(help="Engines by name; all of them if none.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, and slow engines in fewer cases.")] = False,
     out: Annotated[Path, typer.Option(help="The folder for models.json and models.png.")] = Path("build/bench-models"),
     as_json: Json = False,
@@ -164,7 +165,11 @@ def bench_models(
     from trimaran.benchmarks import models as job  # everything is imported here, and only here
 
     console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
-    found = job.bench(quick, errors)
+    try:
+        found = job.bench(quick, errors, engines or ())
+    except ValueError as error:
+        errors.print(f"[red]{error}")
+        raise typer.Exit(2) from error
     job.write(found, out)
     if as_json:
         print(json.dumps(found, indent=2))
