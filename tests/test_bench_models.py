@@ -23,6 +23,7 @@ def ran(out):
     return done.exit_code, done.output, json.loads((out / "models.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_writes_json_and_a_figure(tmp_path):
     code, output, found = ran(tmp_path)
     assert code == 0, output
@@ -47,7 +48,7 @@ def test_an_engine_that_fails_or_is_wrong_is_listed(tmp_path, monkeypatch):
         return lambda given: lambda: 2 * engines.hidden(model(**given))
 
     some = [
-        engines.ENGINES[0],
+        engines.ENGINES[0],  # transformers itself
         engines.Engine("broken", broken),
         engines.Engine("wrong", wrong, ours=True),
     ]
@@ -66,3 +67,9 @@ def test_padded_batches_are_what_they_say():
     assert 10 <= lengths.min() < lengths.max() <= 20
     assert not torch.equal(inputs["input_ids"], shape.inputs(50, torch.device("cpu"), 1)["input_ids"])
     assert "attention_mask" not in models.Shape(1, 20).inputs(50, torch.device("cpu"), 0)
+
+
+def test_an_unknown_engine_is_refused(tmp_path):
+    done = CliRunner().invoke(app, ["bench-models", "tensorrt", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "no engine 'tensorrt', expected some of ['transformers'" in done.output.replace("\n", " ")
