@@ -1,9 +1,12 @@
 """Puts the C hot path into the wheel, compiled, where the building machine has a C compiler; the rest is in
 pyproject.toml.
 
-The binary links the C library alone, so such a wheel is one for each platform, not for each Python.
+The binary links the C library alone, so such a wheel is one for each platform, not for each Python. Its tag names the
+oldest C library that has what the binary asks for (PEP 600).
 """
 
+import platform
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -31,9 +34,15 @@ class BuildWithHotPath(build_py):
 
 class WheelWithHotPath(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
-        if not list((Path(self.bdist_dir) / FOLDER).glob("hot_path-*.so")):
-            return super().get_tag()
-        return "py3", "none", sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        binary = next((Path(self.bdist_dir) / FOLDER).glob("hot_path-*.so"), None)
+        return ("py3", "none", platform_tag(binary.read_bytes())) if binary else super().get_tag()
+
+
+def platform_tag(binary: bytes) -> str:
+    asked = [int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", binary)]
+    if not asked:  # of another C library
+        return sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    return f"manylinux_2_{max(5, *asked)}_{platform.machine()}"
 
 
 setup(cmdclass={"build_py": BuildWithHotPath, "bdist_wheel": WheelWithHotPath})

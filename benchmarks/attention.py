@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimaran.benchmarks.cases import Case, Inputs, Suite, generator, on_copies, only_on_gpu
 from trimaran.benchmarks.measure import Contender, Run
+from trimaran.kernels.attention import attention_reference
 from trimaran.kernels.catalog import OPS
 
 BACKENDS = {
@@ -229,5 +230,5 @@ def exact(shape: Shape, first: Inputs) -> torch.Tensor:
                 "bias": None if bias is None else bias[:, theirs].double(),
                 "key_lengths": None if lengths is None else lengths[b : b + 1],
             }
-            (out[b : b + 1, theirs],) = op.reference(*(given.get(port.name) for port in op.inputs), **options)
+            (out[b : b + 1, theirs],) = attention_reference(*(given.get(port.name) for port in op.inputs), **options)
     return out

@@ -1,4 +1,5 @@
-"""`trimaran bench-nodes`: what a node costs in ONNX Runtime, ours against its own, in a chain of small norms.
+"""`trimaran bench-nodes`: what a node costs in ONNX Runtime, ours against its own, in a chain of small norms, and what
+a replay costs (see `replay`).
 
 The chain is so small that the GPU waits for the host: in a plain run a node costs what enqueueing it costs, in a CUDA
 graph what starting a kernel costs. A figure is a whole run, from the host's view and with its own fixed cost, divided
@@ -14,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
@@ -22,6 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from trimaran.benchmarks import replay
 from trimaran.benchmarks.kernels import SEED, spread
 from trimaran.benchmarks.machine import ceilings, drift, environment, unsteady
 from trimaran.benchmarks.measure import Contender, HostWatch, Run, Timing, compare
@@ -99,27 +100,9 @@ def contender(chain: Chain, ours: bool, graph: bool, device: torch.device) -> Co
         providers = [(CUDA, {"enable_cuda_graph": "1"} if graph else {})] if device.type == "cuda" else [CPU]
         with interpret(device.type == "cpu"):
             session = ort_session(chain.model(ours), providers, session_options=options)
-        return bound(session, chain.input().to(device))
+        return replay.bound(session, {"x": chain.input().to(device)}, ["y"])
 
     return Contender("trimaran" if ours else f"onnxruntime's {PEER[chain.op]}", prepare, ours)
-
-
-def bound(session: Any, x: torch.Tensor) -> Run:
-    """A run over memory that stays where it is; ONNX Runtime returns when the device is done."""
-    element = np.dtype(str(x.dtype).removeprefix("torch."))
-    y = torch.full_like(x, float("nan"))
-    binding, place = session.io_binding(), (x.device.type, x.device.index or 0)
-    binding.bind_input("x", *place, element, tuple(x.shape), x.data_ptr())
-    binding.bind_output("y", *place, element, tuple(y.shape), y.data_ptr())
-    if x.device.type == "cuda":
-        torch.cuda.synchronize()
-
-    def run() -> torch.Tensor:
-        session.run_with_iobinding(binding)
-        return y
-
-    run.kept = (x, session)  # type: ignore[attr-defined]
-    return run
 
 
 def bench(nodes: int, rounds: int, console: Console) -> dict[str, Any]:
@@ -141,11 +124,18 @@ def bench(nodes: int, rounds: int, console: Console) -> dict[str, Any]:
                 progress.update(task, description=f"{op}, {mode}")
                 cases.append(measure(chain, mode, device, rounds))
                 progress.advance(task)
+    replays = replay.measure(rows, columns, dtype, device, rounds)
     reasons = unsteady(drifts := drift(before, ceilings(device, dtype)))
     found = {"version": VERSION, "valid": not reasons, "invalid_because": reasons, "drift_percent": drifts}
     found |= {"nodes": nodes, "rows": rows, "columns": columns, "dtype": str(dtype).removeprefix("torch.")}
     where = environment(device) | {"onnxruntime": onnxruntime.__version__, "hot_path": native().how.split(",")[0]}
-    return found | {"rounds": rounds, "method": HostWatch.method, "environment": where, "cases": cases}
+    return found | {
+        "rounds": rounds,
+        "method": HostWatch.method,
+        "environment": where,
+        "cases": cases,
+        "replay": replays,
+    }
 
 
 def measure(chain: Chain, mode: str, device: torch.device, rounds: int) -> dict[str, Any]:
@@ -176,13 +166,10 @@ def row(timing: Timing, nodes: int) -> dict[str, Any]:
 
 
 def failures(found: dict[str, Any]) -> list[str]:
-    """Our own chains that could not be timed."""
-    return [
-        f"{case['op']}, {case['mode']}: {row['reason']}"
-        for case in found["cases"]
-        for row in case["contenders"]
-        if row["ours"] and row["reason"]
-    ]
+    """What of ours could not be timed."""
+    cases = [(f"{case['op']}, {case['mode']}", case["contenders"]) for case in found["cases"]]
+    cases.append(("replay", found["replay"]["contenders"]))
+    return [f"{name}: {row['reason']}" for name, rows in cases for row in rows if row["ours"] and row["reason"]]
 
 
 def heading(found: dict[str, Any]) -> str:
@@ -202,7 +189,12 @@ def table(found: dict[str, Any]) -> RenderableType:
             shown.add_row(f"  {contender['name']}", *cells(case, contender), style="bold" if contender["ours"] else "")
         shown.add_section()
     verdict = found["method"] if found["valid"] else "INVALID: " + "; ".join(found["invalid_because"])
-    return Group(shown, *map(Text, refusals(found)), Text(verdict, style="dim" if found["valid"] else "bold red"))
+    return Group(
+        shown,
+        replay.table(found["replay"]),
+        *map(Text, refusals(found)),
+        Text(verdict, style="dim" if found["valid"] else "bold red"),
+    )
 
 
 def cells(case: dict[str, Any], contender: dict[str, Any]) -> list[str]:
@@ -214,7 +206,7 @@ def cells(case: dict[str, Any], contender: dict[str, Any]) -> list[str]:
 
 
 def refusals(found: dict[str, Any]) -> Iterator[str]:
-    for case in found["cases"]:
+    for case in [*found["cases"], {"op": "layer_norm", "mode": "replay"} | found["replay"]]:
         for contender in case["contenders"]:
             if contender["reason"]:
                 yield f"{case['op']}, {case['mode']}, {contender['name']}, not timed: {contender['reason']}"

@@ -11,6 +11,7 @@ import torch
 from trimaran.benchmarks.cases import Case, Inputs, Suite, generator, on_copies, only_on_gpu
 from trimaran.benchmarks.measure import Contender, Run
 from trimaran.kernels.catalog import OPS
+from trimaran.kernels.rotary_embedding import rotary_embedding_reference
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def case(shape: Shape, device: torch.device, dtype: torch.dtype) -> Case:
     def exact(first: Inputs) -> tuple[torch.Tensor, ...]:
         op = OPS["rotary_embedding"]
         given = op.input_namespace([first[port.name].double() for port in op.inputs if port.name in first])
-        found: tuple[torch.Tensor, ...] = op.reference(*vars(given).values(), **vars(op.attributes(attrs)))
+        found: tuple[torch.Tensor, ...] = rotary_embedding_reference(
+            *vars(given).values(), **vars(op.attributes(attrs))
+        )
         return found
 
     return Case(

@@ -1,11 +1,11 @@
 """`trimaran soak`: the custom ops of ONNX Runtime over many runs, threads and sessions.
 
 Each check counts what went wrong and looks at memory: after a warm-up of a tenth of its runs neither that of the
-process nor that of the device may grow by more than a bound. Kernels are deterministic, so a result is right where it
-has the same bits as the first one for its input, which is held against the reference.
+process nor what it has of the device may grow by more than a bound. Where the driver does not tell this process from
+others on the device it is what all of them have, and the result says so. Kernels are deterministic, so a result is
+right where it has the same bits as the first one for its input, which is held against the reference.
 
-On a GPU a node of layer_norm and one of attention are soaked; on a CPU, where a kernel is interpreted in tens of
-milliseconds, an addition that is declared here.
+`soak_model` has what is run.
 """
 
 from __future__ import annotations
@@ -21,30 +21,24 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from trimaran.benchmarks.machine import environment
-from trimaran.kernels.contract import expect_shape
+from trimaran.benchmarks.memory import Growth, of_device
+from trimaran.benchmarks.nodes import Chain
+from trimaran.benchmarks.soak_model import COLUMNS, STAND_IN, model, reference
 from trimaran.kernels.interpreter import interpret
-from trimaran.kernels.layer_norm import layer_norm_reference
-from trimaran.kernels.sizes import cdiv, product
 from trimaran.ort_ops.abi import CPU, CUDA
-from trimaran.ort_ops.domain import Domain
 from trimaran.ort_ops.kernel import KERNELS
 from trimaran.ort_ops.native import native
 from trimaran.ort_ops.runner import Runner
 from trimaran.ort_ops.session import ort_session
-from trimaran.ort_ops.triton_op import triton_op
 
 THREADS = 8
 HOST_LIMIT_MIB, DEVICE_LIMIT_MIB = 64.0, 64.0
-COLUMNS = 64
-EPS = 1e-5
 
 
 @dataclass
@@ -69,62 +63,6 @@ class Check:
         self.first = self.first or f"{type(reason).__name__}: {reason}"[:300]
 
 
-def same_shape(i: Any) -> tuple[Any, ...]:
-    expect_shape("layer_norm", "residual", i.residual, i.x.shape, "the shape of x")
-    return tuple(i.x.shape)
-
-
-@triton_op(
-    shapes={"sum": same_shape},
-    grid=lambda i: (cdiv(product(i.x.shape), 4096),),
-    values={"n": lambda i: product(i.x.shape), "BLOCK": 4096},
-    name="layer_norm",
-)
-@triton.jit  # type: ignore[untyped-decorator]
-def add(x_ptr, residual_ptr, sum_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(x_ptr + at, mask=at < n) + tl.load(residual_ptr + at, mask=at < n)
-    tl.store(sum_ptr + at, total, mask=at < n)
-
-
-STAND_IN = Domain("soak", [add])
-
-
-def model(cuda: bool) -> bytes:
-    """sum = x + residual; on a GPU also attention over the four heads of its layer_norm."""
-    from onnx import TensorProto, helper
-
-    element = TensorProto.FLOAT16 if cuda else TensorProto.FLOAT
-    names = ["x", "weight", "", "residual"] if cuda else ["x", "residual"]
-    norm = helper.make_node("layer_norm", names, ["y", "sum"] if cuda else ["sum"], name="norm", domain="soak")
-    attend = helper.make_node("attention", ["y", "y", "y"], ["out"], name="attend", domain="trimaran")
-    if cuda:
-        norm.domain = "trimaran"
-        norm.attribute.append(helper.make_attribute("eps", EPS))
-        attend.attribute.extend([helper.make_attribute("scale", 0.25), helper.make_attribute("num_heads", 4)])
-    shape: list[str | int | None] = ["batch", "length", COLUMNS]
-    shapes = {name: [COLUMNS] if name == "weight" else shape for name in names if name}
-    graph = helper.make_graph(
-        [norm, attend] if cuda else [norm],
-        "soak",
-        [helper.make_tensor_value_info(name, element, dims) for name, dims in shapes.items()],
-        [helper.make_tensor_value_info(name, element, shape) for name in (["sum", "out"] if cuda else ["sum"])],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(norm.domain, 1)]
-    made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    return made
-
-
-def reference(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """The model's outputs in fp64."""
-    if weight is None:
-        return [x + residual]
-    y, total = layer_norm_reference(x, weight, None, residual, eps=EPS)
-    heads = y.unflatten(-1, (4, -1)).transpose(1, 2)
-    out = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, scale=0.25)
-    return [total, out.transpose(1, 2).flatten(2)]
-
-
 class Soak:
     """The checks, over sessions of one device. scale: what part of the full counts is run."""
 
@@ -137,16 +75,19 @@ class Soak:
         with torch.no_grad():
             self.expected = [self.first(feed) for feed in self.feeds]
 
-    def session(self, **kwargs: Any) -> Any:
+    def options(self) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = 2
+        return options
+
+    def session(self, **kwargs: Any) -> Any:
         with interpret(not self.cuda):
             providers = [CUDA, CPU] if self.cuda else [CPU]
             domains = [] if self.cuda else [STAND_IN]
-            return ort_session(self.content, providers, domains=domains, session_options=options, **kwargs)
+            return ort_session(self.content, providers, domains=domains, session_options=self.options(), **kwargs)
 
     def feed(self, index: int) -> dict[str, np.ndarray[Any, Any]]:
         """Inputs of a shape of their own."""
@@ -184,6 +125,7 @@ class Soak:
             ("8 threads, one session", 10_000 * THREADS, self.one_session),
             ("8 threads, a session each", 10_000 * THREADS, self.many_sessions),
             ("sessions made and dropped", 500, self.sessions),
+            ("the same without ops of ours", 500, self.bare_sessions),
             ("errors, and a good run after each", 2_000, self.errors),
             ("run_async", 10_000, self.asynchronous),
             ("a growing sequence", 2_000, self.growing),
@@ -193,14 +135,14 @@ class Soak:
             for name, full, action in checks:
                 check = Check(name, self.count(full))
                 start, task = time.perf_counter(), self.progress.add_task(name, total=check.runs)
-                meter = Memory(self.cuda, check)
+                growth = Growth(self.cuda, after=max(1, check.runs // 10))
 
-                def step(task: Any = task, meter: Memory = meter) -> None:
+                def step(task: Any = task, growth: Growth = growth) -> None:
                     self.progress.advance(task)
-                    meter.step()
+                    growth.step()
 
                 action(check, step)
-                meter.close()
+                check.host_mib, check.device_mib = growth.total()
                 check.seconds = time.perf_counter() - start
                 yield check
 
@@ -239,6 +181,18 @@ class Soak:
             step()
         if len(KERNELS) != kernels:
             check.fail(f"{len(KERNELS) - kernels} kernels are left of sessions that are gone")
+
+    def bare_sessions(self, check: Check, step: Callable[[], None]) -> None:
+        """What onnxruntime leaves behind by itself, to compare with: its own op, on the same device."""
+        import onnxruntime
+
+        chain = Chain("layer_norm", 1, 4, COLUMNS, torch.float16 if self.cuda else torch.float32)
+        content, x = chain.model(ours=False), chain.input().numpy()
+        for _ in range(check.runs):
+            providers = [CUDA] if self.cuda else [CPU]
+            onnxruntime.InferenceSession(content, self.options(), providers=providers).run(None, {"x": x})
+            gc.collect()
+            step()
 
     def errors(self, check: Check, step: Callable[[], None]) -> None:
         session = self.session()
@@ -294,35 +248,6 @@ class Soak:
         check.notes.append(f"{run.graphs} graphs")
 
 
-class Memory:
-    """Growth of the process and of what is taken of the device, from a tenth of a check's runs to its end."""
-
-    def __init__(self, cuda: bool, check: Check) -> None:
-        self.cuda, self.check = cuda, check
-        self.start = max(1, check.runs // 10)
-        self.steps = 0
-        self.before: tuple[float, float] | None = None
-        self.lock = threading.Lock()
-
-    def step(self) -> None:
-        with self.lock:
-            self.steps += 1
-            if self.steps == self.start:
-                self.before = self.now()
-
-    def close(self) -> None:
-        assert self.before is not None
-        host, device = self.now()
-        self.check.host_mib, self.check.device_mib = host - self.before[0], device - self.before[1]
-
-    def now(self) -> tuple[float, float]:
-        """MiB of this process in memory, and taken of the device."""
-        gc.collect()
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-        free, total = torch.cuda.mem_get_info() if self.cuda else (0, 0)
-        return resident / 2**20, (total - free) / 2**20
-
-
 def table_misses() -> int:
     """How often C has asked Python for a plan, over all kernels there are."""
     tables = {id(kernel.table): kernel.table.misses for kernel in KERNELS.values() if hasattr(kernel, "table")}
@@ -341,6 +266,7 @@ def soak(scale: float, console: Console, done: Callable[[Check], None]) -> dict[
     where = environment(torch.device("cuda" if soaked.cuda else "cpu"))
     where |= {"onnxruntime": onnxruntime.__version__, "hot_path": native().how.split(",")[0]}
     limits = {"host_mib": HOST_LIMIT_MIB, "device_mib": DEVICE_LIMIT_MIB}
+    where |= {"device_memory_of": of_device()[1] if soaked.cuda else ""}
     return {"version": 1, "scale": scale, "limits": limits, "environment": where, "checks": found}
 
 

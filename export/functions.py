@@ -138,6 +138,7 @@ def body_function(op: Op, node: ir.Node, opset: int) -> ir.Function:
     given = {name: attribute.value for name, attribute in node.attributes.items()}
     attrs = op.attributes(given)
     g = BodyBuilder(opset, bound_types(op, node))
+    assert op.body is not None  # as `add_op` asks
     results = op.body(g, op.input_namespace(inputs), attrs)
     outputs = list(results)[: len(node.outputs)]
     name_values(op, g.nodes, outputs)

@@ -23,12 +23,15 @@ def add_op(op: Op) -> None:
     """Make an op of your own one of the catalog's, in every runtime: `torch.ops.trimaran.<name>`, a node that
     `export_onnx` writes with a function body, and a kernel in the sessions of `ort_session` that are made from now on.
 
-    TypeError for what is no Op, ValueError where an op has that name already.
+    TypeError for what is no Op, ValueError where an op has that name already, or no reference or body.
     """
     if not isinstance(op, Op):
         raise TypeError(f"op is a {type(op).__name__}, expected an Op")
     if op.name in OPS:
         raise ValueError(f"op is named {op.name}, as one in the catalog already is")
+    for part in ("reference", "body"):
+        if getattr(op, part) is None:
+            raise ValueError(f"op {op.name} has no {part}, expected one; a Domain takes it for ONNX Runtime alone")
     OPS[op.name] = op
     for reader in _readers:
         reader(op)

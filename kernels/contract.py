@@ -175,7 +175,10 @@ class Attr:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One operator. `types` gives the dtypes of each type name; see the module's docstring for the four functions."""
+    """One operator. `types` gives the dtypes of each type name; see the module's docstring for the four functions.
+
+    Without `reference` and `body` it is one for nodes of ONNX Runtime alone: there is no second way to compute it.
+    """
 
     name: str
     version: int
@@ -185,8 +188,8 @@ class Op:
     types: Mapping[str, tuple[str, ...]]
     infer: Callable[[Any, Any], Sequence[Tensor | None]]
     plan: Callable[[Any, Any, Any, Device], Sequence[Launch]]
-    reference: Callable[..., Any]
-    body: Callable[[Any, Any, Any], Any]
+    reference: Callable[..., Any] | None = None
+    body: Callable[[Any, Any, Any], Any] | None = None
 
     def input_namespace(self, values: Sequence[Any]) -> SimpleNamespace:
         """The inputs by name; missing trailing ones are None."""

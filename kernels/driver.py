@@ -26,6 +26,15 @@ _DEVICE_ATTRIBUTES = {"sm_count": 16, "major": 75, "minor": 76, "shared_memory":
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+# Functions that are called at every replay of a graph: with types, ctypes takes plain numbers
+_P = ctypes.c_void_p
+_TYPES: dict[str, tuple[Any, ...]] = {
+    "cuCtxGetCurrent": (_P,),
+    "cuEventRecord": (_P, _P),
+    "cuStreamWaitEvent": (_P, _P, ctypes.c_uint),
+    "cuStreamSynchronize": (_P,),
+    "cuMemcpyAsync": (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, _P),
+}
 _COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6  # CUlaunchAttributeID
 
 
@@ -75,6 +84,8 @@ def _library() -> ctypes.CDLL:
     status = library.cuInit(0)
     if status:
         raise CudaError(f"cuInit failed with CUresult {status}: no usable CUDA device")
+    for name, types in _TYPES.items():
+        getattr(library, name).argtypes = types
     return library
 
 
@@ -119,7 +130,6 @@ class Driver:
         self._functions: weakref.WeakKeyDictionary[PlannedLaunch, _Function] = weakref.WeakKeyDictionary()
         self._loaded: dict[int, tuple[Binary, int]] = {}
         self._lock = threading.Lock()
-        self._events = threading.local()  # one event for each thread, which records and waits in one go
         self._context = _primary_context(index)
 
     def launch(
@@ -185,39 +195,31 @@ class Driver:
         self._in_context("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
         return stream.value or 0
 
-    def copy(self, copies: Iterable[tuple[int, int, int]], stream: int) -> None:
-        """Copy (target, source, bytes) each, between any addresses of the host or a device, in the stream's order."""
+    def copy(self, copies: Iterable[tuple[int, int, int]], stream: int, after: Iterable[int] = ()) -> None:
+        """Copy (target, source, bytes) each, between any addresses of the host or a device, in the stream's order, and
+        once all is done that other streams have queued now."""
         pushed = self._push()
         try:
+            for other in after:
+                with self._lock:  # the event is one, and no other may come between
+                    call("cuEventRecord", self._event, other)
+                    call("cuStreamWaitEvent", stream, self._event, 0)
             for target, source, count in copies:
-                if count and (status := self._memcpy(target, source, count, stream)):
-                    raise error("cuMemcpyAsync", status)
+                if count:
+                    call("cuMemcpyAsync", target, source, count, stream)
         finally:
             if pushed:
                 call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     @functools.cached_property
-    def _memcpy(self) -> Any:
-        types = (ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
-        return ctypes.CFUNCTYPE(*types)(("cuMemcpyAsync", _library()))
-
-    def wait(self, stream: int, other: int) -> None:
-        """Make a stream wait for all that is queued on another one now."""
-        pushed = self._push()
-        try:
-            event = getattr(self._events, "event", None)
-            if event is None:
-                event = self._events.event = ctypes.c_void_p()
-                call("cuEventCreate", ctypes.byref(event), _DISABLE_TIMING)
-            call("cuEventRecord", event, ctypes.c_void_p(other))
-            call("cuStreamWaitEvent", ctypes.c_void_p(stream), event, 0)
-        finally:
-            if pushed:
-                call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+    def _event(self) -> ctypes.c_void_p:
+        event = ctypes.c_void_p()
+        call("cuEventCreate", ctypes.byref(event), _DISABLE_TIMING)
+        return event
 
     def synchronize(self, stream: int) -> None:
         """Wait for all that is queued on the stream."""
-        self._in_context("cuStreamSynchronize", ctypes.c_void_p(stream))
+        self._in_context("cuStreamSynchronize", stream)
 
     def failure(self, status: int) -> CudaError:
         """What went wrong in one of `functions`."""

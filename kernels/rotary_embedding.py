@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 
 from trimaran.kernels import bodies
-from trimaran.kernels.attention import head_view, named_strides
 from trimaran.kernels.configs import Row, lookup
 from trimaran.kernels.contract import (
     Attr,
@@ -40,6 +39,7 @@ from trimaran.kernels.contract import (
     readable,
 )
 from trimaran.kernels.dependent import await_inputs, dependent
+from trimaran.kernels.heads import head_view, named_strides
 from trimaran.kernels.sizes import cdiv, differ, known, power_of_2
 
 FLOATS = ("float32", "float16", "bfloat16")

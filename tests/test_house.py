@@ -4,6 +4,8 @@ import ast
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +96,20 @@ def test_info_tells_what_is_here() -> None:
         runtimes = {registration["runtime"]: registration for registration in op["registrations"]}
         assert runtimes["torch"]["registered"], runtimes["torch"]["reason"]
         assert runtimes["onnxruntime"]["registered"] == ("CUDAExecutionProvider" in found["providers"])
+
+
+@pytest.mark.parametrize(
+    ("cuda", "note"),
+    [
+        (None, "built without CUDA"),
+        ("13.0", "built for CUDA 13.0"),
+        ("12.8", "built for CUDA 12.8, which is unmeasured"),
+    ],
+)
+def test_info_says_which_cuda_was_never_run(cuda: str | None, note: str) -> None:
+    from trimaran import info
+
+    assert info._torch_build(types.SimpleNamespace(version=types.SimpleNamespace(cuda=cuda))) == note
 
 
 def test_info_without_packages() -> None:
@@ -366,11 +382,29 @@ def pure_name(wheel: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(native().library is None, reason="no C compiler here")
 def test_a_wheel_brings_the_hot_path_compiled(from_tree: Path, tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    install(sys.executable, "--target", str(target), str(from_tree))
-    code = "from trimaran.ort_ops.native import native; print(native().how)"
-    environment = {"PYTHONPATH": str(target), "HOME": str(tmp_path), "PATH": str(tmp_path)}
-    assert run(sys.executable, "-c", code, cwd=tmp_path, **environment).strip() == f"prebuilt, {file_name()}"
+    """Into an environment of its own, which has neither a compiler nor a binary that was compiled before."""
+    assert re.fullmatch(
+        r"trimaran-[^-]+-py3-none-(manylinux_2_\d+|linux)_" + platform.machine() + ".whl", from_tree.name
+    )
+    with zipfile.ZipFile(from_tree) as wheel:
+        assert b"libcuda" not in wheel.read(f"trimaran/ort_ops/{file_name()}")
+    executable, _ = borrowing(tmp_path / "venv")
+    install(executable, str(from_tree))
+    code = """
+import numpy, onnx, trimaran
+from trimaran.ort_ops.kernel import KERNELS
+from trimaran.ort_ops.native import native
+model = onnx.parser.parse_model('<ir_version: 10, opset_import: ["" : 17, "trimaran" : 1]>'
+    'net (float[n, 8] x) => (float[n, 8] y) { y = trimaran.layer_norm <eps = 1.0> (x) }')
+with trimaran.interpret():
+    session = trimaran.ort_session(model.SerializeToString())
+assert not session.run(None, {"x": numpy.ones((3, 8), "f")})[0].any()
+print(trimaran.__file__, [type(kernel).__name__ for kernel in KERNELS.values()], native().how, sep="\\n")
+"""
+    environment = {"PYTHONPATH": "", "HOME": str(tmp_path), "PATH": str(tmp_path)}
+    file, kernels, how = run(str(executable), "-c", code, cwd=tmp_path, **environment).splitlines()
+    assert Path(file).is_relative_to(tmp_path / "venv")
+    assert (kernels, how) == ("['HotKernel']", f"prebuilt, {file_name()}")
 
 
 @pytest.mark.slow
@@ -390,17 +424,21 @@ def test_every_module_imports_from_a_wheel_without_its_checkout(
 @pytest.mark.slow
 @pytest.mark.parametrize("editable", [False, True], ids=["regular", "editable"])
 def test_every_module_imports_from_an_installed_checkout(checkout: Path, tmp_path: Path, editable: bool) -> None:
-    venv.create(tmp_path / "venv", symlinks=True)
-    scheme = {"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")}
-    site = Path(sysconfig.get_path("purelib", "venv", scheme))
-    # What the package needs is borrowed from the environment of the tests. As a .pth file's entry its own .pth files do
-    # not count, so an editable install there does not show through.
-    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    executable = tmp_path / "venv" / "bin" / "python"
+    executable, site = borrowing(tmp_path / "venv")
     install(executable, "--no-build-isolation", *(["--editable"] if editable else []), str(checkout))
     home = checkout if editable else site / "trimaran"
     check_modules(checkout, executable, home, cwd=tmp_path, PYTHONPATH="")
     assert (tmp_path / "venv" / "bin" / "trimaran").exists()
+
+
+def borrowing(home: Path) -> tuple[Path, Path]:
+    """A new environment: its Python, and the folder of its packages."""
+    venv.create(home, symlinks=True)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
+    # What the package needs is borrowed from the environment of the tests. As a .pth file's entry its own .pth files do
+    # not count, so an editable install there does not show through.
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return home / "bin" / "python", site
 
 
 def install(executable: str | Path, *arguments: str) -> None:

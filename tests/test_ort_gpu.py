@@ -1,35 +1,31 @@
-"""ONNX Runtime on a GPU: every option of a launch, the same bits as under PyTorch, and no copy of what stays."""
+"""ONNX Runtime on a GPU: every option of a launch, CUDA graphs, processes without torch and such that end."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from oracle import assert_close
+from ort import CUDA, model, python, quiet, session_of
+from ort_cases import CASES, expected, tensors
 from test_compiler import CASES as OPTIONS
 from test_compiler import doubling
-from test_ort_ops import CASES, CUDA, DTYPES, Case, bound_run, expected, model, quiet, session_of, tensors
 
+from trimaran.benchmarks.replay import bound
 from trimaran.kernels.layer_norm import layer_norm
-from trimaran.ort_ops import custom_op
-from trimaran.ort_ops.domain import TRIMARAN, Domain
+from trimaran.ort_ops.domain import Domain
+from trimaran.ort_ops.hot_path import HotKernel
+from trimaran.ort_ops.kernel import KERNELS
 from trimaran.ort_ops.session import ort_session, register
-from trimaran.torch_path.ops import TORCH_OPS
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("graph", [False, True], ids=["plain", "graph"])
-@pytest.mark.parametrize("path", ["c", "ctypes"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_of_a_launch(name: str, path: str, graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if path == "ctypes":
-        monkeypatch.setattr(custom_op, "compute_address", lambda op: 0)
+def test_every_option_of_a_launch(name: str, graph: bool) -> None:
     kernel, options = OPTIONS[name]
     op = doubling(kernel, **options)
     x = torch.randn(4096, device="cuda")
@@ -38,50 +34,35 @@ def test_every_option_of_a_launch(name: str, path: str, graph: bool, monkeypatch
     assert register(session_options, [provider], Domain("test.options", [op])) == ("double",)
     content = model(op, {"x": x}, ["y"], "test.options")
     session = ort_session(content, [provider], session_options=session_options)
-    if graph:
-        check_graph(session, x)
-        return
-    for _ in range(3):
-        assert torch.equal(bound_run(session, {"x": x}, {"y": x.shape}, x.dtype)["y"], 2 * x)
-
-
-def check_graph(session: Any, x: torch.Tensor) -> None:
-    """Replays read what is in memory now."""
-    y = torch.full_like(x, float("nan"))
-    binding = session.io_binding()
-    binding.bind_input("x", "cuda", 0, 1, list(x.shape), x.data_ptr())
-    binding.bind_output("y", "cuda", 0, 1, list(y.shape), y.data_ptr())
+    run = bound(session, {"x": x}, ["y"])
     for _ in range(4):
         x.normal_()
-        y.fill_(float("nan"))
         torch.cuda.synchronize()
-        session.run_with_iobinding(binding)
-        assert torch.equal(y, 2 * x)
+        assert torch.equal(run(), 2 * x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_both_runtimes_give_the_same_bits(case: Case, dtype: torch.dtype) -> None:
-    inputs = tensors(case, dtype, "cuda")
-    session = session_of(model(case.op, inputs, case.outputs, **case.attrs), CUDA)
-    shapes = {name: out.shape for name, out in expected(case, inputs, False).items()}
-    got = bound_run(session, inputs, shapes, dtype)
-    given = [inputs.get(port.name) for port in case.op.inputs]
-    returned = {f"return_{port.name}": port.name in case.outputs for port in case.op.outputs if port.optional}
-    outputs = TORCH_OPS[case.op.name].overload(*given, **case.attrs, **returned)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    for port, out in zip(case.op.outputs, outputs, strict=True):
-        if port.name in case.outputs:
-            assert torch.equal(got[port.name].view(torch.uint8), out.view(torch.uint8)), port.name
+@pytest.mark.usefixtures("path")
+def test_a_cuda_graph_replays_the_kernels() -> None:
+    case = CASES["rows_everything"]
+    inputs = tensors(case, torch.float16, "cuda")
+    providers = [(CUDA, {"enable_cuda_graph": "1"})]
+    session = ort_session(model(case.op, inputs, ["out"], **case.attrs), providers, session_options=quiet())
+    run = bound(session, inputs, ["out"])
+    for turn in range(5):
+        inputs["q"].copy_(torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(turn)))
+        torch.cuda.synchronize()
+        assert_close(run(), expected(case, inputs, True)["out"], expected(case, inputs, False)["out"])
 
 
 def test_nodes_of_a_session_run_in_c() -> None:
+    before = set(KERNELS)
     inputs = tensors(CASES["norm_sum"], torch.float16, "cuda")
-    session_of(model(CASES["norm_sum"].op, inputs, CASES["norm_sum"].outputs, eps=1e-5), CUDA)
-    assert all(variant.hot for variant in custom_op._VARIANTS.values() if variant.plans in TRIMARAN.plans.values())
+    session = session_of(model(CASES["norm_sum"].op, inputs, CASES["norm_sum"].outputs, eps=1e-5), CUDA)
+    assert [type(KERNELS[handle]) for handle in KERNELS.keys() - before] == [HotKernel]
+    del session
 
 
-def test_without_torch() -> None:
+def test_without_torch(tmp_path: Path) -> None:
     """onnxruntime, numpy, cupy and trimaran are enough; the launcher that comes with Triton would import torch."""
     pytest.importorskip("cupy")
     content = model(layer_norm, {"x": torch.zeros(2, 8)}, ["y"], eps=1e-5)
@@ -101,8 +82,17 @@ for graph in (False, True):
     assert bool((abs(y - normal) < 1e-5).all()), y
 print("torch" in sys.modules)
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    assert python(code, tmp_path) == "False\n"
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["plain", "graph"])
+def test_exit_with_a_live_session(graph: bool, tmp_path: Path) -> None:
+    code = f"""
+import sys, torch
+from trimaran.ort_ops.runner import Runner
+from trimaran.ort_ops.session import ort_session
+run = Runner(ort_session({model(layer_norm, {"x": torch.zeros(2, 8)}, ["y"], eps=1e-5)!r}, cuda_graph={graph}))
+sys.kept = run, [run({{"x": torch.ones(2, 8, device="cuda")}}) for _ in range(3)]
+print(sys.kept[1][2]["y"].abs().max().item())
+"""
+    assert python(code, tmp_path) == "0.0\n"

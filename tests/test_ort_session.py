@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,24 +14,20 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
-from test_ort_ops import CPU, CUDA, MINE, graph_model, model, quiet
+from ort import CPU, CUDA, VERSION, graph_model, model, quiet
 
-from trimaran.kernels.attention import attention
 from trimaran.kernels.catalog import OPS
 from trimaran.kernels.contract import Device
 from trimaran.kernels.driver import CudaError
 from trimaran.kernels.interpreter import interpret
 from trimaran.kernels.layer_norm import layer_norm
 from trimaran.ort_ops import session as session_module
+from trimaran.ort_ops.domain import Domain
 from trimaran.ort_ops.session import default_providers, ort_session, register
 
-ROOT = Path(__file__).resolve().parents[1]
 X = np.random.default_rng(1).standard_normal((2, 8)).astype(np.float32)
 NORMAL = torch.nn.functional.layer_norm(torch.from_numpy(X), (8,)).numpy()
 PLAIN = model(layer_norm, {"x": torch.zeros(2, 8)}, ["y"], eps=1e-5)
-
-
-VERSION = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 
 
 def body(overload: str, added: float) -> onnx.FunctionProto:
@@ -170,7 +165,8 @@ def test_the_same_options_twice() -> None:
     with interpret():
         assert np.allclose(run(ort_session(PLAIN, [CPU], session_options=options)), NORMAL, atol=1e-5)
         assert np.allclose(run(ort_session(PLAIN, [CPU], session_options=options)), NORMAL, atol=1e-5)
-        assert register(options, [CPU], MINE) == ("row_sums",)  # another domain beside it
+        beside = Domain("test.beside", [replace(layer_norm, name="other")])
+        assert register(options, [CPU], beside) == ("other",)
         assert np.allclose(run(ort_session(PLAIN, [CPU], session_options=options)), NORMAL, atol=1e-5)
 
 
@@ -291,81 +287,3 @@ def test_other_errors_stay_onnxruntimes_own() -> None:
     with pytest.raises(Exception, match="999") as caught:
         ort_session(proto.SerializeToString(), [CPU])
     assert caught.value.__class__.__module__.startswith("onnxruntime")
-
-
-# Processes
-
-
-def python(code: str) -> str:
-    """Run `code`, which finds the model in `content`, in a process of its own; what it printed."""
-    start = (
-        f"import sys, numpy as np\nfrom trimaran.ort_ops.session import ort_session\nfrom trimaran.kernels.interpreter \
-import interpret\ninterpret()\ncontent = {PLAIN!r}\nx = np.ones((2, 8), 'f')\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        [sys.executable, "-c", start + code], capture_output=True, text=True, env=environment, timeout=60, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
-def test_no_torch_is_needed() -> None:
-    inputs = {"q": torch.randn(1, 3, 16), "key_lengths": torch.tensor([2], dtype=torch.int32)}
-    other = model(attention, inputs, ["out"], scale=0.5, num_heads=2, kv_num_heads=1, causal=True)
-    inputs["q"] = torch.zeros(1, 3, 16)
-    code = f"""
-ort_session(content).run(None, {{"x": x}})
-q, lengths = np.zeros((1, 3, 16), "f"), np.array([2], "i4")
-print(ort_session({other!r}).run(None, {{"q": q, "key_lengths": lengths}})[0].shape)
-print("torch" in sys.modules)
-"""
-    assert python(code).split("\n")[:2] == ["(1, 3, 8)", "False"]
-
-
-@pytest.mark.parametrize(
-    "keep",
-    [
-        "pass",
-        "sys.kept = session",
-        "session.me = [session]; session.me.append(session.me)",
-        "import atexit; atexit.register(lambda s=session: s.run(None, {'x': x}))",
-        "import threading, time; threading.Thread(target=lambda s=session: time.sleep(60), daemon=True).start()",
-        "import ctypes; ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))",
-        "trimaran = sys.modules['trimaran.ort_ops.custom_op']; trimaran.__dict__['kept'] = session",
-    ],
-)
-def test_exit_with_a_live_session(keep: str) -> None:
-    python(f"session = ort_session(content)\nsession.run(None, {{'x': x}})\n{keep}\n")
-
-
-def test_fork() -> None:
-    code = """
-import os, onnxruntime
-def one():
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort_session(content, session_options=options)
-    assert abs(session.run(None, {"x": x})[0]).max() == 0
-    return session
-before = one()
-child = os.fork()
-one()
-assert before.run(None, {"x": x})[0].shape == (2, 8)
-if not child:
-    os._exit(7)  # at a normal exit onnxruntime 1.32 aborts in the child, with no op of ours as well
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    assert python(code) == "7\n"
-
-
-def test_registering_after_the_file_descriptors_were_closed() -> None:
-    """As daemons do."""
-    code = """
-import os
-first = ort_session(content)
-os.closerange(3, 256)
-handles = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
-print(ort_session(content).run(None, {"x": x})[0].shape)
-"""
-    assert python(code) == "(2, 8)\n"

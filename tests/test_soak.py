@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,15 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from trimaran.benchmarks import soak
-from trimaran.benchmarks.soak import Check, Memory, Soak
+from trimaran.benchmarks import memory, soak
+from trimaran.benchmarks.soak import Check, Soak
 from trimaran.cli import app
 
 CHECKS = {
     "8 threads, one session": 800,
     "8 threads, a session each": 800,
     "sessions made and dropped": 5,
+    "the same without ops of ours": 5,
     "errors, and a good run after each": 20,
     "run_async": 100,
     "a growing sequence": 20,
@@ -68,15 +71,35 @@ def test_a_first_result_that_is_not_the_references(small: Soak, monkeypatch: pyt
         small.first(small.feeds[0])
 
 
-def test_growth_is_measured_from_a_tenth_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_is_measured_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     levels = iter([(100.0, 10.0), (170.0, 11.0)])
-    monkeypatch.setattr(Memory, "now", lambda self: next(levels))
-    check = Check("it", 30)
-    meter = Memory(False, check)
+    monkeypatch.setattr(memory.Growth, "now", lambda self: next(levels))
+    growth = memory.Growth(False, after=3)
     for _ in range(30):
-        meter.step()
-    meter.close()
-    assert (check.host_mib, check.device_mib, check.ok) == (70.0, 1.0, False)
+        growth.step()
+    host, device = growth.total()
+    assert (host, device) == (70.0, 1.0)
+    assert not Check("it", 30, host_mib=host, device_mib=device).ok
+    assert not Check("it", 30, host_mib=device, device_mib=host).ok
+    assert Check("it", 30, host_mib=device, device_mib=device).ok
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        (["GPU-7, 41, 300", "GPU-7, {pid}, 200", "GPU-8, {pid}, 9"], (200.0, "this process")),
+        (["GPU-7, 41, 300", "GPU-8, 42, 9"], (300.0, "this process")),
+        (["GPU-7, 41, 300", "GPU-7, 42, 200"], (6.0, "all processes")),
+        (["GPU-7, {pid}, [N/A]"], (6.0, "all processes")),
+        ([], (6.0, "all processes")),
+    ],
+)
+def test_whose_memory_is_measured(rows: list[str], found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container a process is listed by another number, so the only one on the device is taken for this."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="7"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (4 << 20, 10 << 20))
+    monkeypatch.setattr(memory, "_processes", lambda: [row.format(pid=os.getpid()) for row in rows])
+    assert memory.of_device() == found
 
 
 def test_a_failed_check_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 import triton
 import triton.language as tl
 from onnx import TensorProto
-from test_ort_ops import CPU, CUDA, PROVIDERS, bound_run, graph_model, node, quiet
+from ort import CPU, CUDA, PROVIDERS, bound_run, graph_model, node, quiet
 
+from trimaran.kernels.catalog import add_op
+from trimaran.kernels.contract import INTERPRETER, Tensor
 from trimaran.kernels.interpreter import interpret
+from trimaran.kernels.plans import PlanCache
 from trimaran.kernels.sizes import cdiv, product
 from trimaran.ort_ops.domain import Domain
 from trimaran.ort_ops.session import ort_session
@@ -87,8 +91,23 @@ def test_the_declaration() -> None:
         ("factor", "float", None),
         ("MODE", "string", "mul"),
     ]
-    with pytest.raises(NotImplementedError, match="scale_rows was declared by its kernel alone"):
-        SCALE.reference()
+    with pytest.raises(ValueError, match="op scaled has no reference, expected one; a Domain takes it for ONNX"):
+        add_op(SCALE)
+    with pytest.raises(ValueError, match="op scaled has no body"):
+        add_op(replace(SCALE, reference=lambda x, rows, **_: ()))
+
+
+def test_what_is_not_contiguous_is_declined() -> None:
+    rows = Tensor("int32", (3,), (1,))
+    attrs = SCALE.attributes({"factor": 1.0})
+    for shape, strides, reason in (
+        ((4, 8), (8, 1), None),
+        ((4, 8), (16, 1), "x is not contiguous"),
+        ((4, 8), (1, 4), "x is not contiguous"),
+        ((1, 8), (99, 1), None),
+    ):
+        made, _ = PlanCache(SCALE).find([Tensor("float32", shape, strides), rows], attrs, INTERPRETER, (True, True))
+        assert made.declined == reason
 
 
 def test_a_missing_attribute_is_refused_at_load() -> None:

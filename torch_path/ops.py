@@ -144,6 +144,7 @@ class TorchOp:
 
     def reference(self, inputs: list[Any], attrs: Any, wanted: tuple[bool, ...]) -> Any:
         self.op.infer_outputs([None if t is None else Tensor(str(t.dtype)[6:], tuple(t.shape)) for t in inputs], attrs)
+        assert self.op.reference is not None  # as `add_op` asks
         with torch.no_grad():
             outputs = self.op.reference(*inputs, **vars(attrs))
         return self.result(

@@ -24,6 +24,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "cupy": ("cupy", "cupy-cuda12x", "cupy-cuda13x"),
 }
+MEASURED_CUDA = "13."  # what a GPU was seen to run with
 TORCH_REGISTRATION = "trimaran.torch_path.ops"
 
 
@@ -144,7 +145,9 @@ def _version(distribution: str) -> str | None:
 
 def _torch_build(torch: ModuleType) -> str:
     cuda = getattr(getattr(torch, "version", None), "cuda", None)
-    return f"built for CUDA {cuda}" if cuda else "built without CUDA"
+    if not cuda:
+        return "built without CUDA"
+    return f"built for CUDA {cuda}" + ("" if cuda.startswith(MEASURED_CUDA) else ", which is unmeasured")
 
 
 def _devices() -> tuple[tuple[Device, ...], str]:
