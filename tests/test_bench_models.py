@@ -69,6 +69,14 @@ def test_padded_batches_are_what_they_say():
     assert "attention_mask" not in models.Shape(1, 20).inputs(50, torch.device("cpu"), 0)
 
 
+def test_a_run_of_one_engine_has_the_reference_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "TINY", models.TINY[:1])
+    done = CliRunner().invoke(app, ["bench-models", "trimaran in PyTorch", "--quick", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    (case,) = json.loads((tmp_path / "models.json").read_text())["cases"]
+    assert [row["name"] for row in case["contenders"]] == ["transformers", "trimaran in PyTorch"]
+
+
 def test_an_unknown_engine_is_refused(tmp_path):
     done = CliRunner().invoke(app, ["bench-models", "tensorrt", "--out", str(tmp_path)])
     assert done.exit_code == 2
