@@ -99,8 +99,8 @@ def bert(device: torch.device) -> torch.nn.Module:
 
 
 def bench(quick: bool, console: Console, names: Sequence[str] = (), shapes: Sequence[Shape] = ()) -> dict[str, Any]:
-    """The result as it is written to JSON. names: of engines, all of them where there is none; the first, whose error the
-    others' is held against, in any case. On a machine without a GPU a tiny model only shows that it runs. ValueError
+    """The result as it is written to JSON. names: of engines, all of them where there is none; the first, against whose
+    error the others' is held, in any case. On a machine without a GPU a tiny model only shows that it runs. ValueError
     for an unknown name."""
     if unknown := set(names) - {engine.name for engine in ENGINES}:
         raise ValueError(f"no engine {sorted(unknown)[0]!r}, expected some of {[engine.name for engine in ENGINES]}")
