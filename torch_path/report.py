@@ -44,6 +44,9 @@ class Report:
     graphs: list[GraphReport] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
     graph_breaks: list[str] = field(default_factory=list)
+    without_graph: Counter[str] = field(default_factory=Counter)
+    cuda_graphs: int = 0
+    graph_bytes: int = 0
 
     def add_graph_breaks(self, reasons: Iterable[Any]) -> None:
         """Dynamo's reasons, each once."""
@@ -80,6 +83,10 @@ class Report:
                 f"{self.model}: replaced {counts}; {len(self.graphs)} graph{'s' * (len(self.graphs) != 1)} captured"
             ]
         lines += [f"  left alone: {miss}" for graph in self.shown for miss in graph.near_misses]
+        if self.cuda_graphs:
+            count = f"{self.cuda_graphs} CUDA graph{'s' * (self.cuda_graphs != 1)}"
+            lines.append(f"  {count}, {self.graph_bytes / 2**20:.0f} MiB")
         lines += [f"  graph break: {text}" for text in self.graph_breaks]
         lines += [f"  without the kernels, {count} times: {reason}" for reason, count in self.fallbacks.items()]
+        lines += [f"  without a CUDA graph, {count} times: {reason}" for reason, count in self.without_graph.items()]
         return "\n".join(lines)

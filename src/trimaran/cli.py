@@ -243,6 +243,34 @@ def bench_nodes(
 
 
 @app.command()
+def bench_models(
+    engines: Annotated[list[str] | None, typer.Argument(help="Engines by name; all of them if none.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, and slow engines in fewer cases.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder for models.json and models.png.")] = Path("build/bench-models"),
+    as_json: Json = False,
+) -> None:
+    """Measure BERT-base by every engine, inputs and outputs on the GPU. Fails where one of ours could not be timed."""
+    from trimaran.benchmarks import models as job  # everything is imported here, and only here
+
+    console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
+    try:
+        found = job.bench(quick, errors, engines or ())
+    except ValueError as error:
+        errors.print(f"[red]{error}")
+        raise typer.Exit(2) from error
+    job.write(found, out)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        console.print(job.table(found))
+        console.print(f"{out / 'models.json'}, {out / 'models.png'}", highlight=False, soft_wrap=True)
+    if failures := job.failures(found):
+        for failure in failures:
+            errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command()
 def soak(
     scale: Annotated[float, typer.Option(help="What part of the full counts is run.")] = 1.0,
     out: Annotated[Path, typer.Option(help="The JSON file.")] = Path("build/soak.json"),
