@@ -99,9 +99,12 @@ def standard(node: ir.Node, *op_types: str) -> bool:
 
 
 def users(value: ir.Value) -> list[ir.Node]:
-    """The nodes that use the value, those that change nothing looked through; each as often as it does."""
+    """The nodes that use the value, those that change nothing looked through; each as often as it does. Who asks for
+    the shape alone is none: exporters do, to write a Reshape that goes with what is replaced."""
     found = []
     for use in value.uses():
+        if standard(use.node, "Shape"):
+            continue
         if changes_nothing(use.node) and not use.node.outputs[0].is_graph_output():
             found += users(use.node.outputs[0])
         else:

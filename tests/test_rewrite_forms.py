@@ -140,6 +140,12 @@ def test_onnxruntimes_norms_of_a_sum(skip, summed, tmp_path):
     assert len(node.outputs) == 1 + summed
 
 
+def test_a_skipped_norm_with_a_bias_of_its_own(tmp_path):
+    body = "y = com.microsoft.SkipLayerNormalization <epsilon = 0.001> (x, z, w, c, w)"
+    proto = model(body, "float[b, s, 8] x, float[b, s, 8] z", "float[b, s, 8] y", PARAMETERS)
+    assert rewritten(proto, tmp_path)[0].replaced == {"layer_norm": 1}
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [

@@ -51,13 +51,11 @@ def read_skip(node: ir.Node) -> Norm | str:
     x, skip, weight, bias, more = (operand(node, index) for index in range(5))
     if x is None or skip is None or not same_dims(dims(x), dims(skip)):
         return f"x {readable(dims(x))} and skip {readable(dims(skip))} are not provably of one shape"
-    if more is not None:
-        return "it has a bias of its own"
     if any(used(output) for output in node.outputs[1:3]):
         return "its mean or inverse standard deviation is used"
     total = node.outputs[3] if len(node.outputs) > 3 else None
     eps = float(attribute(node, "epsilon", 1e-12))
-    return Norm("layer", node.outputs[0], x, weight, bias, eps, total=total, residual=skip)
+    return Norm("layer", node.outputs[0], x, weight, bias, eps, total=total, residual=skip, shift=more)
 
 
 def problem_with(match: Norm) -> str | None:

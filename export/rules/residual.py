@@ -32,6 +32,8 @@ def rewrite_norm(op: Op, match: Norm, attrs: dict[str, Any]) -> None:
     assert anchor is not None
     add = Inserter(anchor)
     x, residual, total = match.x, match.residual, match.total
+    if match.shift is not None:
+        x = add("Add", x, match.shift, dtype=x.dtype, shape=dims(x))
     parts = added(x) if residual is None and all(map(known_early, (match.weight, match.bias))) else None
     interior = between(x, match.end) if parts is not None else set()
     if parts is not None:

@@ -39,14 +39,12 @@ def read_operator(node: ir.Node) -> Norm | str:
         return f"its statistics are kept in type {attribute(node, 'stash_type', 1)}, only float (1) is supported"
     if skips and not same_dims(shape, dims(skip)):
         return f"x {readable(shape)} and skip {readable(dims(skip))} are not provably of one shape"
-    if more is not None:
-        return "it has a bias of its own"
     if any(used(output) for output in node.outputs[1:3]):
         return "its inverse root mean square is used"
     total = node.outputs[3] if len(node.outputs) > 3 else None
     eps = float(attribute(node, "epsilon", 1e-5))
     rounds = node.op_type == "RMSNormalization" and dtype_of(x) != "float32"
-    found = Norm("rms", node.outputs[0], x, weight, None, eps, "llama" if rounds else "torch", total, skip)
+    found = Norm("rms", node.outputs[0], x, weight, None, eps, "llama" if rounds else "torch", total, skip, more)
     return narrowed(found) if dtype_of(found.end) != dtype_of(x) else found
 
 

@@ -110,9 +110,23 @@ def fits(one: Turned, other: Turned, order: dict[ir.Node, int]) -> bool:
     same_rest = all(
         same(m, n) for i, (m, n) in enumerate(zip(a, b, strict=True)) if i != (2 if one.num_heads else one.heads_axis)
     )
-    producer = other.end.producer()
-    late = -1 if producer is None else order.get(producer, -1)
-    return same_rest and all(order.get(use.node, -1) > late for use in one.end.uses()) and not one.end.is_graph_output()
+    return same_rest and not one.end.is_graph_output() and not depends(other.x, one, order)
+
+
+def depends(value: ir.Value, on: Turned, order: dict[ir.Node, int]) -> bool:
+    """Whether a value is computed from what another embedding gives."""
+    start = on.end.producer()
+    seen: set[ir.Node] = set()
+    todo = [value.producer()]
+    while todo:
+        node = todo.pop()
+        if node is start:
+            return True
+        if node is None or node in seen or (start is not None and order.get(node, -1) < order.get(start, -1)):
+            continue
+        seen.add(node)
+        todo += [part.producer() for part in node.inputs if part is not None]
+    return False
 
 
 def heads_of(turned: Turned) -> int:

@@ -24,7 +24,7 @@ FAR = 8  # nodes from the root to the end of a norm, or from the mean to the roo
 @dataclass(frozen=True)
 class Norm:
     """kind: layer or rms. end: what is replaced. weight, bias: [N], perhaps with leading ones. residual: added to x, in
-    `total` where that value exists."""
+    `total` where that value exists; shift: a vector that is added to x too."""
 
     kind: str
     end: ir.Value
@@ -35,6 +35,7 @@ class Norm:
     cast: str = "torch"
     total: ir.Value | None = None
     residual: ir.Value | None = None
+    shift: ir.Value | None = None
 
 
 def read_root(node: ir.Node) -> Norm | str | None:
