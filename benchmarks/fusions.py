@@ -168,7 +168,7 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"Each cell: {', '.join(KINDS)}. {versions}; {where['date'][:10]}. Made by `{where['command']}`.",
         "Whole operators of newer opsets count for those who leave them as they are; for us only our own nodes.",
-        "In fp32 we leave linear layers, and what is activated after them, to onnxruntime, whose products are faster there.",
+        "In fp32 we leave linear layers, and what is activated after them, to onnxruntime, whose products are faster.",
         "",
         f"| file | {' | '.join(names)} | we find fewer |",
         f"|{'---|' * (len(names) + 2)}",
