@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from trimaran.export.external import check_tensor, tensors
 from trimaran.export.functions import _content, body_function, our_nodes
+from trimaran.export.onnx_graph import dtype_of
 from trimaran.export.schemas import DOMAIN
 from trimaran.export.structure import check_structure
 from trimaran.kernels.catalog import OPS
@@ -100,8 +101,13 @@ def check_bodies(argument: str, model: ir.Model) -> None:
 
 def check_call(argument: str, model: ir.Model, node: ir.Node) -> None:
     """Refuse a node that says other than the body that it calls."""
+    op = OPS[node.op_type]
     try:
-        overload = body_function(OPS[node.op_type], node, model.opset_imports.get("", 0)).overload
+        for port, value in zip(op.inputs, node.inputs, strict=False):
+            allowed = op.types.get(port.type)
+            if value is not None and allowed is not None and dtype_of(value) not in allowed:
+                raise ValueError(f"{port.name} is {dtype_of(value)}, supported are {', '.join(allowed)}")
+        overload = body_function(op, node, model.opset_imports.get("", 0)).overload
     except ValueError as error:
         raise ValueError(f"{argument}: node {node.name!r}: {error}") from error
     if overload != node.overload:

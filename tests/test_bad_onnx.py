@@ -223,6 +223,20 @@ def test_bodies_under_our_name_that_are_not_ours(tmp_path, rewritten, spoil):
     refused(tmp_path, ValueError, "src has a function trimaran::.* that this version of trimaran did not write")
 
 
+def test_a_call_that_is_not_what_its_body_says(tmp_path, rewritten):
+    next(a for a in rewritten.graph.node[0].attribute if a.name == "eps").f = 1.0
+    save(tmp_path, rewritten)
+    refused(tmp_path, ValueError, "says other than the function that it calls")
+
+
+def test_a_call_with_types_that_the_op_has_not(tmp_path, rewritten):
+    for value in (rewritten.graph.input[0], rewritten.graph.output[0]):
+        value.type.tensor_type.elem_type = TensorProto.INT64
+    rewritten.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones(8, np.int64), "w"))
+    save(tmp_path, rewritten)
+    refused(tmp_path, ValueError, "x is int64, supported are float32, float16, bfloat16")
+
+
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     save(tmp_path, norm())
 
