@@ -113,12 +113,10 @@ def check_device(op: str, device: Device, rows: Any) -> None:
 
 def left_to_vendor(op: str, device: Device, dtype: str, config: Mapping[str, int] | None = None) -> None:
     """Decline what the vendor's library, and torch's kernels after it, do sooner: all of fp32, whose products tensor
-    cores do not compute, and the rows of a table that say so. Nothing where nobody else would compute it."""
-    if not device.fallback:
-        return
+    cores do not compute, and the rows of a table that say so, but where nobody else would compute them."""
     if device.type == "cuda" and dtype == "float32":
         raise Decline(f"{op} in fp32 is slower than the vendor's")
-    if config and config.get("DECLINE"):
+    if device.fallback and config and config.get("DECLINE"):
         raise Decline(f"{op} of these sizes is slower than the vendor's")
 
 

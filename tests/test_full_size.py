@@ -102,6 +102,8 @@ def rms(tensor):
 
 
 def kernels(model, call):
+    for _ in range(2):
+        model(**call)  # one of these is captured; what follows is a replay
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         model(**call)
         torch.cuda.synchronize()

@@ -240,7 +240,9 @@ def test_what_the_vendor_does_sooner_is_declined():
     inputs = [matrix(4, 32, dtype="float32"), matrix(16, 32, dtype="float32")]
     assert declined(inputs) == "linear in fp32 is slower than the vendor's"
     alone = Device("cuda", 0, 90, 132, 232448, fallback=False)
-    assert declined(inputs, alone) is None, "a node of ONNX Runtime has no second way"
+    assert declined(inputs, alone) == "linear in fp32 is slower than the vendor's"
+    few, residual = matrix(1000, 3072), matrix(1000, 768)
+    assert declined([few, deep, bias, residual], alone) is None, "a node of ONNX Runtime has no second way"
     assert declined(inputs, INTERPRETER) is None
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 import trimaran
-from trimaran.torch_path import ops
+from trimaran.torch_path import autocast, ops
 from trimaran.torch_path.optimize import untouched
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -122,6 +122,20 @@ class Regions(nn.Module):
         with torch.autocast("cpu", enabled=False):
             z = self.full(x.float())
         return self.norm(y + z), y, z
+
+
+def test_casts_that_cannot_be_written_out_are_the_dispatchers(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("Expected attn_mask dtype")
+
+    monkeypatch.setattr(autocast, "explicit_casts", refuse)
+    model, call = build("bert", "sdpa"), inputs("bert")
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        expected = tensors(model(**call), call)
+        report = trimaran.optimize_model(model)
+        assert all(map(torch.equal, tensors(model(**call), call), expected))
+    assert report.fallbacks == {"autocast's casts cannot be written out: Expected attn_mask dtype": 1}
+    assert not report.replaced
 
 
 @pytest.mark.parametrize("outside", [False, True])

@@ -240,7 +240,11 @@ class OptimizedCall:
         graph = retrace(module)
         mixed = autocast.concerns(graph)
         if mixed:
-            autocast.explicit_casts(graph, self.stays_in_fp32)
+            try:
+                autocast.explicit_casts(graph, self.stays_in_fp32)
+            except Exception as error:  # this release's dispatcher casts in a way that cannot be written out
+                self.report.fallbacks[f"autocast's casts cannot be written out: {error}"] += 1
+                return Replayed(self.graphs, module.forward, SideCopies([]), "autocast casts in it")
         with torch._C._DisableAutocast():  # its casts are in the graph by now
             self.report.graphs.append(rewrite(graph, self.rules))
         halves = SideCopies([])
