@@ -1,6 +1,7 @@
 """optimize_model: what is replaced, that it is as right as before, and that it can be taken back."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -53,10 +54,14 @@ def assert_as_right(model, inputs, **limits):
     return ours
 
 
+QUICK = [(False, 1, False), (False, 3, True), (True, 3, True)]
+CALLS = itertools.product([False, True], [1, 3], [False, True])
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("interpreted", [False, True])
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize(
+    ("interpreted", "size", "pad"), [pytest.param(*c, marks=[] if c in QUICK else pytest.mark.slow) for c in CALLS]
+)
 def test_bert(device, interpreted, size, pad):
     model = bert().to(device)
     report = trimaran.optimize_model(model)

@@ -115,7 +115,8 @@ def node_cases(operator):
 
 
 @pytest.mark.parametrize(
-    "operator", [pytest.param(op, marks=pytest.mark.slow if op == "attention" else []) for op in OPERATORS]
+    "operator",
+    [pytest.param(op, marks=[] if op in ("gelu", "rms_normalization") else pytest.mark.slow) for op in OPERATORS],
 )
 def test_the_node_tests_of_onnx(operator):
     """Plain and `_expanded`, against the outputs they come with."""

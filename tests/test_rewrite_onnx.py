@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
 
 import numpy as np
@@ -140,8 +141,13 @@ def masks(name):
     }[name]
 
 
-@pytest.mark.parametrize("opset", [18, 20, 23])
-@pytest.mark.parametrize("name", ["none", "bias", "bias of heads", "bool", "keys"])
+QUICK = [("none", 18), ("bias", 20), ("bias of heads", 23), ("bool", 18), ("keys", 20), ("bool", 23)]
+FORMS = itertools.product(["none", "bias", "bias of heads", "bool", "keys"], [18, 20, 23])
+
+
+@pytest.mark.parametrize(
+    ("name", "opset"), [pytest.param(*form, marks=[] if form in QUICK else pytest.mark.slow) for form in FORMS]
+)
 def test_forms_of_attention(tmp_path, opset, name):
     source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
     args = (torch.randn(2, 6, 32),) if name == "none" else (torch.randn(2, 6, 32), masks(name))
