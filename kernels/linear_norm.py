@@ -203,6 +203,7 @@ def body(g: Any, inputs: Any, attrs: Any) -> tuple[Any, Any]:
     total = total if inputs.bias is None else g.Add(total, inputs.bias)
     if g.types.get("R", g.types["T"]) != g.types["T"]:
         total = g.cast(total, g.types["R"])
+        g.types = {**g.types, "T": g.types["R"]}  # what follows is all of that dtype
     total = total if inputs.residual is None else g.Add(total, inputs.residual)
     norm = layer_norm if attrs.norm == "layer" else rms_norm
     given = SimpleNamespace(x=total, weight=inputs.norm_weight, bias=inputs.norm_bias, residual=None)
