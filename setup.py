@@ -17,8 +17,8 @@ from setuptools.command.build_py import build_py
 
 FOLDER = "trimaran/ort_ops"
 
-sys.path.insert(0, str(Path(__file__).parent / "src" / FOLDER))
-from native import compile_to, file_name  # noqa: E402  # it needs nothing but the standard library
+sys.path.insert(0, str(Path(__file__).parent / "src"))
+from trimaran.ort_ops.native import compile_to, file_name  # noqa: E402  # it needs nothing but the standard library
 
 
 class BuildWithHotPath(build_py):

@@ -37,7 +37,17 @@ ENCODER = [(768, 3072, "gelu"), (3072, 768, "residual"), (768, 768, "residual"),
 LARGE = [Shape(rows, *rest) for rows in (4096, 16384) for rest in ENCODER]
 SMALL = [Shape(rows, *rest) for rows in (16, 128) for rest in ENCODER]
 PLAIN = [Shape(rows, depth, columns, "bias") for rows in (16, 128) for depth, columns, _ in ENCODER]
-SHAPES = [*SMALL, *PLAIN, *LARGE, Shape(8192, 4096, 11008, "gelu")]
+OTHER = [  # rows and models for which no table was made: BERT-large, a ViT, small Llamas
+    Shape(1, 768, 3072, "gelu"),
+    Shape(7, 1024, 4096, "gelu"),
+    Shape(33, 4096, 1024, "residual"),
+    Shape(500, 768, 2304, "qkv"),
+    Shape(1000, 1024, 4096, "gelu"),
+    Shape(6304, 768, 3072, "gelu"),
+    Shape(16, 2048, 8192, "bias"),
+    Shape(100000, 768, 768, "residual"),
+]
+SHAPES = [*SMALL, *PLAIN, *LARGE, Shape(8192, 4096, 11008, "gelu"), *OTHER]
 QUICK = [Shape(rows, *rest) for rows in (16, 16384) for rest in ENCODER[:2]]
 TINY = [Shape(8, 32, 48, after) for after in ("bias", "gelu", "residual", "qkv")]
 GATED = [Shape(16, 4096, 11008, "swiglu"), Shape(8192, 4096, 11008, "swiglu")]
@@ -123,11 +133,18 @@ def contenders(shape: Shape, copies: Callable[[int], Inputs], device: torch.devi
     def eager(**given: Any) -> torch.Tensor:
         return torch_linear(shape, given)
 
+    def three(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, **_: Any) -> tuple[torch.Tensor, ...]:
+        parts = zip(weight.chunk(3), bias.chunk(3), strict=True)
+        return tuple(functional.linear(x, *part) for part in parts)
+
     # A bias alone leaves nothing to fuse; a compilation takes seconds, so only where what is fused weighs most.
     found = [
         Contender("trimaran", lambda copy: ours(shape, copies(copy)), ours=True),
         Contender("torch, eager", on_copies(copies, eager)),
     ]
+    if shape.after == "qkv":  # as a model has it
+        split = Contender("torch, three products", on_copies(copies, three), view=lambda exact: exact[0].chunk(3, -1))
+        found.append(split)
     if shape.after not in ("bias", "qkv") and shape.rows > 4096:
         found.append(compiled(eager, copies, device))
     return found

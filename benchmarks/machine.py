@@ -39,15 +39,16 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def warm(run: Callable[[], Any], device: torch.device) -> None:
-    end = time.perf_counter() + (0.5 if device.type == "cuda" else 0.02)
+    end = time.perf_counter() + (2.0 if device.type == "cuda" else 0.02)
     while time.perf_counter() < end:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
 
-def median_ms(run: Callable[[], Any], device: torch.device, rounds: int = 30) -> float:
+def median_ms(run: Callable[[], Any], device: torch.device) -> float:
     """Median time of a long call; on a GPU all rounds are enqueued before the first is looked at."""
+    rounds = 100 if device.type == "cuda" else 10
     run()
     if device.type == "cpu":
         times = []

@@ -15,17 +15,18 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
+import trimaran.torch_path.ops  # noqa: F401  (registers torch.ops.trimaran)
 from trimaran.kernels import attention as kernels
 from trimaran.kernels.attention import LONG
-from trimaran.torch_path import ops  # noqa: F401  (registers torch.ops.trimaran)
 
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 PER_GRAPH = 50  # runs
@@ -34,14 +35,16 @@ FINDING = re.compile(r"^========= (\S.*)\n=========     at .*? in (\S+:\d+)$", r
 Call = Callable[[], Any]
 
 
-def variants(device: torch.device) -> Iterator[tuple[str, Call]]:
-    """Name and call of each variant."""
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        yield from _attention(device, dtype)
-        yield from _norms(device, dtype)
-        yield from _rotary(device, dtype)
-        if dtype != torch.float32:  # which is left to the vendor
-            yield from _linears(device, dtype)
+def variants(device: torch.device, ops: Sequence[str] = ()) -> Iterator[tuple[str, Call]]:
+    """Name and call of each variant, of these ops or of all. ValueError for an op that has none."""
+    if unknown := sorted({*ops} - {op for made in FAMILIES.values() for op in made}):
+        raise ValueError(f"no variants of {unknown[0]}, expected some of {', '.join(sum(FAMILIES.values(), ()))}")
+    for dtype, (family, made) in itertools.product((torch.float32, torch.float16, torch.bfloat16), FAMILIES.items()):
+        if ops and not {*ops} & {*made}:
+            continue
+        if family is _linears and dtype == torch.float32:  # which is left to the vendor
+            continue
+        yield from ((name, call) for name, call in family(device, dtype) if not ops or name.split()[0] in ops)
 
 
 def _draw(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -83,26 +86,57 @@ def _norms(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Call
         yield f"rms_norm {title}", _call("rms_norm", **both)
 
 
+# [rows, depth, columns] of linear layers: each row of the tables is chosen by one, and each kernel has edges.
+LINEARS = [
+    (5, 72, 1036),
+    (200, 72, 1036),
+    (300, 72, 1036),
+    (5, 768, 1040),
+    (200, 768, 1040),
+    (100, 768, 2320),
+    (5, 1024, 1040),
+    (200, 1024, 1040),
+    (5, 3072, 1040),
+    (5, 4096, 1040),
+    (5, 4112, 1040),
+    (5, 4112, 2320),
+    (100, 3072, 336),
+    (100, 4096, 336),
+    (200, 3072, 976),
+    (60, 4112, 1040),
+    (60, 4112, 2320),
+    (200, 4112, 1040),
+    (200, 1024, 2320),
+    (300, 256, 2320),
+    (300, 2048, 1040),
+    (2816, 64, 1152),
+    (1408, 64, 1152),
+    (1408, 64, 1536),
+    (1100, 64, 1040),
+    (2100, 768, 2320),
+]
+
+
 def _linears(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
-    """Every tile of the tables: few rows in parts and in chains, some, and many, by descriptors."""
-
     def parameter(*shape: int, seed: int) -> torch.nn.Parameter:
-        return torch.nn.Parameter(_draw(device, dtype, *shape, seed=seed), requires_grad=False)
+        return torch.nn.Parameter(_draw(device, dtype, *shape, seed=seed) * 0.1, requires_grad=False)
 
-    for rows, depth in itertools.product((5, 130, 300, 2100), (256, 768, 3072)):
-        columns = 1040
+    for rows, depth, columns in LINEARS:
         x, residual = _draw(device, dtype, rows, depth), _draw(device, dtype, rows, columns, seed=1)
         weight, bias = parameter(columns, depth, seed=2), parameter(columns, seed=3)
+        third, third_bias = (part[: columns // 48 * 16] for part in (weight, bias))
         title = f"{dtype} {rows} x {depth} x {columns}".replace("torch.", "")
         layer = {"x": x, "weight": weight, "bias": bias}
-        parts = {"weight_1": weight, "bias_1": bias, "weight_2": weight}
+        turned = {"weight": parameter(depth, columns, seed=2), "transpose_weight": True}
+        parts = {"weight": third, "bias": third_bias, "weight_1": third, "bias_1": third_bias, "weight_2": third}
         yield f"linear {title}", _call("linear", **layer, activation="gelu")
         yield f"linear {title} residual", _call("linear", **layer, residual=residual)
-        yield f"linear {title} three", _call("linear", **layer, **parts)
-        yield (
-            f"gated_linear {title}",
-            _call("gated_linear", x=x, gate_weight=weight, up_weight=weight, activation="silu"),
-        )
+        yield f"linear {title} three", _call("linear", **layer | parts)
+        yield f"linear {title} transposed", _call("linear", **layer | turned)
+        gated = {"x": x, "gate_weight": weight, "up_weight": weight, "activation": "silu"}
+        yield f"gated_linear {title}", _call("gated_linear", **gated)
+        turned = dict.fromkeys(("gate_weight", "up_weight"), turned["weight"]) | {"transpose_weight": True}
+        yield f"gated_linear {title} transposed", _call("gated_linear", **gated | turned)
         end = {**layer, "residual": residual, "norm_weight": bias, "eps": 1e-5, "return_sum": True}
         yield f"linear_norm {title}", _call("linear_norm", **end, norm="layer")
 
@@ -118,30 +152,38 @@ def _rotary(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Cal
 
 
 def _call(op: str, **given: Any) -> Call:
-    return lambda: getattr(torch.ops.trimaran, op)(**given)
+    return partial(getattr(torch.ops.trimaran, op), **given)
 
 
-def run_once(part: int = 0, parts: int = 1) -> int:
+FAMILIES: dict[Callable[[torch.device, torch.dtype], Iterator[tuple[str, Call]]], tuple[str, ...]] = {
+    _attention: ("attention",),
+    _norms: ("layer_norm", "rms_norm"),
+    _rotary: ("rotary_embedding",),
+    _linears: ("linear", "gated_linear", "linear_norm"),
+}
+
+
+def run_once(ops: Sequence[str] = (), part: int = 0, parts: int = 1) -> int:
     """Launches every `parts`-th variant from `part` on once, and waits for it; how many. What a sanitizer watches."""
     count = 0
-    for _, call in itertools.islice(variants(torch.device("cuda")), part, None, parts):
+    for _, call in itertools.islice(variants(torch.device("cuda"), ops), part, None, parts):
         call()
         torch.cuda.synchronize()
         count += 1
     return count
 
 
-def compile_all(progress: Progress) -> None:
+def compile_all(progress: Progress, ops: Sequence[str] = ()) -> None:
     """Fills Triton's cache on disk, in as many processes as there are cores."""
     parts = os.cpu_count() or 1
     task = progress.add_task("compiling", total=parts)
     with ProcessPoolExecutor(parts, multiprocessing.get_context("spawn")) as pool:
-        for running in as_completed([pool.submit(run_once, part, parts) for part in range(parts)]):
+        for running in as_completed([pool.submit(run_once, ops, part, parts) for part in range(parts)]):
             running.result()
             progress.advance(task)
 
 
-def sanitize(tool: str) -> tuple[Counter[str], Counter[str]]:
+def sanitize(tool: str, ops: Sequence[str] = ()) -> tuple[Counter[str], Counter[str]]:
     """`run_once` under compute-sanitizer, with each tensor an allocation of its own: what it found, counted by place,
     and what of it is explained.
 
@@ -151,7 +193,7 @@ def sanitize(tool: str) -> tuple[Counter[str], Counter[str]]:
     if tool not in SANITIZERS:
         raise ValueError(f"sanitizer is {tool!r}, expected one of {', '.join(SANITIZERS)}")
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    script = f"from trimaran.benchmarks import soundness; print(soundness.run_once(), {DONE!r})"
+    script = f"from trimaran.benchmarks import soundness; print(soundness.run_once({[*ops]!r}), {DONE!r})"
     command = [program, "--tool", tool, "--print-limit", "1000000", "--kernel-name-exclude", "kns=at::"]
     ran = subprocess.run(
         [*command, sys.executable, "-c", script],
@@ -184,11 +226,11 @@ def makes_descriptor(place: str) -> bool:
     )
 
 
-def repeat(times: int, progress: Progress) -> dict[str, int]:
+def repeat(times: int, progress: Progress, ops: Sequence[str] = ()) -> dict[str, int]:
     """How many of `times` runs of each variant (rounded up to whole graphs of 50) give other bits than the first, while
     a second stream keeps the GPU busy. Runs and comparisons are captured together, so that nothing waits between."""
     device = torch.device("cuda")
-    calls = list(variants(device))
+    calls = list(variants(device, ops))
     task = progress.add_task("repeating", total=len(calls))
     load, work = torch.cuda.Stream(device), _draw(device, torch.float16, 2048, 2048)
     differing = {}

@@ -4,29 +4,36 @@ table."""
 from __future__ import annotations
 
 import contextlib
-import inspect
+import copy
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch.utils import _pytree as pytree
 
 from trimaran.export import files
+from trimaran.export.call import Call, checked_call, named_outputs
 from trimaran.export.functions import attach_functions, count_nodes
+from trimaran.export.naming import name_everything, static_axes
+from trimaran.export.packing import pack
+from trimaran.export.program import exported_program, free_axes, rename_outputs
 from trimaran.export.report import OnnxReport
 from trimaran.export.translation import translation_table
-from trimaran.export.verify import CannotVerify, VerificationError, compare, run
+from trimaran.export.verify import CannotVerify, check_run
+from trimaran.torch_path.graph import dtype_of
 from trimaran.torch_path.optimize import untouched
 from trimaran.torch_path.rewrite import RULES, Rule, rewrite
 
-OPSETS = range(18, 24)
-EXPORT_RULES = tuple(rule for rule in RULES if rule.name in ("attention", "layer_norm", "rms_norm"))
-AXES = {0: "batch", 1: "sequence"}
+OPSETS = range(18, 25)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHARED = "shared_input"  # a rule that files have their own form of: see `packing`
+BATCHES = (1, 7)  # what a file with a dynamic batch is run at before it is written
+FP32_LINEAR = "in fp32 onnxruntime's own kernels are faster (dtype=torch.float16 or torch.bfloat16 takes them)"
 
 
 def export_onnx(
@@ -36,27 +43,50 @@ def export_onnx(
     *,
     dynamic: bool = True,
     opset: int = 20,
+    dtype: torch.dtype | None = None,
     verify: bool = True,
     overwrite: bool = False,
-    rules: Sequence[Rule] = EXPORT_RULES,
+    rules: Sequence[Rule] | None = None,
 ) -> OnnxReport:
     """Write the model as ONNX with trimaran nodes, each with a function body in standard ops.
 
     model: in eval mode, optimized or not; it is left as it is. inputs: an example call, keyword arguments as a mapping
-    (what a tokenizer returns), or positional ones as a tuple. dynamic: every axis that the model allows to vary does.
-    opset: 18 to 23. verify: compare the file, run on the CPU, with the model on the same inputs. rules: which fusions;
-    attention and norms unless given, linear layers stay with onnxruntime.
+    (what a tokenizer returns), or positional ones as a tuple. A key cache among them (`past_key_values`, a DynamicCache
+    or EncoderDecoderCache of transformers) becomes inputs `past_key_values.0.key`, ... and one that the model returns
+    (`use_cache=True`) outputs `present.0.key`, ..., [B, Hkv, S, D]. dynamic: every axis that the model allows to vary
+    does. opset: 18 to 24. dtype: export in it (float32, float16 or bfloat16), casting weights and inputs; a model's own
+    unless given. verify: compare the file, run by onnxruntime on the CPU, with the model, on the same inputs, and where
+    the batch is dynamic also on 1 and on 7 rows of them. rules: which fusions; unless given all but linear layers in
+    fp32.
 
     Raises TypeError and ValueError for wrong arguments, FileExistsError for an existing file (unless overwrite=True),
     VerificationError where the file disagrees with the model; nothing is left behind then.
     """
-    call = checked(model, inputs, opset)
+    call = checked_call(model, inputs)
+    if opset not in OPSETS:
+        raise ValueError(f"opset is {opset}, expected {OPSETS.start} to {OPSETS.stop - 1}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}, expected torch.float32, torch.float16 or torch.bfloat16")
     target = files.target_path("path", path, overwrite)
     with untouched(model), torch.no_grad():
-        expected = model(**call)
-        examples = {name: widened(value, call) for name, value in call.items()} if dynamic else call
-        program = torch.export.export(model, (), examples, dynamic_shapes=all_axes(examples) if dynamic else None)
-    graph_report = rewrite(program.graph_module, rules)
+        if dtype is not None:
+            model, call = in_dtype(model, call, dtype)
+        names = list(named_outputs(model(**call.rebuild(list(call.tensors.values())))))
+        onnx_model, report = converted(model, call, names, dynamic, opset, EXPORT_RULES if rules is None else rules)
+        report.path = str(target)
+        with files.beside(target) as folder:
+            written = files.save(onnx_model, folder, target.name)
+            if verify:
+                report.verified = verified(written, onnx_model, model, call)
+            files.publish(folder, target)
+    return report
+
+
+def converted(
+    model: torch.nn.Module, call: Call, names: list[str], dynamic: bool, opset: int, rules: Sequence[Rule]
+) -> tuple[ir.Model, OnnxReport]:
+    program = exported_program(model, call, dynamic)
+    graph_report = rewrite(program.graph_module, [rule for rule in rules if rule.name != SHARED])
     rename_outputs(program)
     with quiet():
         exported = torch.onnx.export(
@@ -64,129 +94,72 @@ def export_onnx(
         )
     assert exported is not None
     onnx_model: ir.Model = exported.model
-    outputs = named_outputs(expected)
-    name_outputs(onnx_model, list(outputs))
-    name_axes(onnx_model)
+    if any(rule.name == SHARED for rule in rules):
+        pack(onnx_model)
+    name_everything(onnx_model, list(call.tensors), names)
     attach_functions(onnx_model)
-    report = OnnxReport(str(target), Counter(count_nodes(onnx_model)), graph_report.near_misses)
-    report.notes += static_axes(onnx_model) if dynamic else []
-    with files.beside(target) as folder:
-        written = files.save(onnx_model, folder, target.name)
-        if verify:
-            report.verified = verified(written, call, outputs)
-        files.publish(folder, target)
-    return report
+    left = [miss for miss in graph_report.near_misses if miss.reason == FP32_LINEAR]
+    report = OnnxReport("", Counter(count_nodes(onnx_model)), [m for m in graph_report.near_misses if m not in left])
+    report.notes += [f"{len(left)} linear layers stay as they are: {FP32_LINEAR}"] if left else []
+    if dynamic:
+        report.notes += static_axes(onnx_model, {name: free_axes(name, x) for name, x in call.tensors.items()})
+    return onnx_model, report
 
 
-def checked(model: Any, inputs: Any, opset: int) -> dict[str, Any]:
-    """The example call as keyword arguments."""
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    if model.training:
-        raise ValueError("model is in training mode, call model.eval() first")
-    if opset not in OPSETS:
-        raise ValueError(f"opset is {opset}, expected {OPSETS.start} to {OPSETS.stop - 1}")
-    if isinstance(inputs, Mapping):
-        call = {str(name): value for name, value in inputs.items()}
-    else:
-        positional = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-        call = dict(inspect.signature(model.forward).bind(*positional).arguments)
-    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(call)):
-        raise TypeError(f"inputs is a {type(inputs).__name__} without a tensor, expected a mapping or tuple of tensors")
-    return call
+def in_half(rule: Rule) -> Rule:
+    """The rule, where tensors are in half precision: a fp32 product has no kernel that is worth its while, and
+    onnxruntime has no second way once a node is ours."""
+
+    def check(node: Any) -> Any:
+        found = rule.check(node)
+        return FP32_LINEAR if found is not None and dtype_of(node) == "float32" else found
+
+    return replace(rule, check=check)
 
 
-def widened(value: Any, call: Mapping[str, Any]) -> Any:
-    """A batch of one, doubled: the exporter takes a size of 1 for a constant."""
-    tensors = [leaf for leaf in pytree.tree_leaves(dict(call)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    if not all(tensor.shape[0] == 1 for tensor in tensors):
-        return value
-    return pytree.tree_map(
-        lambda t: t.repeat(2, *[1] * (t.dim() - 1)) if isinstance(t, torch.Tensor) and t.dim() else t, value
-    )
+EXPORT_RULES = tuple(in_half(rule) if rule.name == "linear" else rule for rule in RULES)
 
 
-def all_axes(call: Mapping[str, Any]) -> Any:
-    """Every axis of every tensor may vary, as far as the model lets it."""
-    auto = torch.export.Dim.AUTO
-    return pytree.tree_map(
-        lambda t: dict.fromkeys(range(t.dim()), auto) if isinstance(t, torch.Tensor) else None, dict(call)
-    )
+def in_dtype(model: torch.nn.Module, call: Call, dtype: torch.dtype) -> tuple[torch.nn.Module, Call]:
+    """A copy of the model that has its weights in another dtype, and the call. As `from_pretrained` has it, buffers
+    that are not saved keep theirs (rotary frequencies), and in fp16 also the layers of which the model says so."""
+    kept = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    kept |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())} if dtype is torch.float16 else set()
+    weights: dict[int, Any] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not kept & {*name.split(".")}:
+            cast = tensor.detach().to(dtype)
+            weights[id(tensor)] = torch.nn.Parameter(cast, False) if isinstance(tensor, torch.nn.Parameter) else cast
+    twin = copy.deepcopy(model, weights)
+    return twin, call.with_tensors(lambda _, tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
-def rename_outputs(program: torch.export.ExportedProgram) -> None:
-    """An output node that a rule replaced has another name, which the program's signature must know."""
-    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
-    for spec, node in zip(program.graph_signature.output_specs, output.args[0], strict=True):
-        if isinstance(node, torch.fx.Node):
-            spec.arg.name = node.name
-
-
-def named_outputs(expected: Any) -> dict[str, torch.Tensor]:
-    """The model's output tensors by the names of its output class, `output_<i>` where it has none."""
-    leaves, _ = pytree.tree_flatten_with_path(expected)
-    found: dict[str, torch.Tensor] = {}
-    for index, (path, leaf) in enumerate((path, leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)):
-        keys = [str(key.key) for key in path if isinstance(key, pytree.MappingKey) and str(key.key).isidentifier()]
-        found["_".join(keys) if keys and "_".join(keys) not in found else f"output_{index}"] = leaf
-    return found
-
-
-def name_outputs(model: ir.Model, names: list[str]) -> None:
-    outputs = model.graph.outputs
-    if len(outputs) != len(names):
-        raise VerificationError(
-            f"the exported graph has {len(outputs)} outputs, the model has {len(names)}: {', '.join(names)}"
-        )
-    for node in model.graph:
-        for value in node.outputs:
-            if value.name in names:
-                value.name = f"{value.name}_inner"
-    for value, name in zip(outputs, names, strict=True):
-        if not value.is_graph_input():
-            value.name = name
-
-
-def name_axes(model: ir.Model) -> None:
-    """Call dynamic axes `batch` and `sequence`, after the first input that has them, instead of s18 and s41."""
-    names: dict[str, str] = {}
-    for value in model.graph.inputs:
-        for axis, dim in enumerate(value.shape or ()):
-            symbol = None if isinstance(dim, int) else dim.value
-            if symbol is not None and symbol not in names:
-                name = AXES.get(axis, f"{value.name}_axis{axis}")
-                names[symbol] = name if name not in names.values() else f"{value.name}_{name}"
-    for value in [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]:
-        if value.shape is not None:
-            value.shape = ir.Shape(
-                [dim if isinstance(dim, int) else names.get(str(dim.value), dim.value) for dim in value.shape]
-            )
-
-
-def static_axes(model: ir.Model) -> list[str]:
-    """A line for each axis of an input that the model fixed."""
-    return [
-        f"{value.name}: axis {axis} is fixed at {dim}, the model allows no other"
-        for value in model.graph.inputs
-        for axis, dim in enumerate(value.shape or ())
-        if isinstance(dim, int)
-    ]
-
-
-def verified(written: Path, call: Mapping[str, Any], outputs: Mapping[str, torch.Tensor]) -> str:
-    """Compare the file with what the model gave."""
+def verified(written: Path, onnx_model: ir.Model, model: torch.nn.Module, call: Call) -> str:
+    """Compare the file with the model: on the example, and at the batches that a server would run it at."""
+    batched = {
+        str(value.name)
+        for value in onnx_model.graph.inputs
+        if value.shape and isinstance(value.shape[0], ir.SymbolicDim)
+    }
+    sizes = BATCHES if batched else ()
+    worst = 0.0
     try:
-        leaves = {name: value.detach().cpu().numpy() for name, value in call.items() if isinstance(value, torch.Tensor)}
-        expected = {name: value.detach().cpu().numpy() for name, value in outputs.items()}
-    except TypeError as error:  # bf16 has no NumPy dtype
-        return f"not verified: {error}"
-    try:
-        got = run(written, leaves)
+        for now in (call, *(with_rows(call, batched, size) for size in sizes)):
+            expected = named_outputs(model(**now.rebuild(list(now.tensors.values()))))
+            worst = max(worst, check_run(written, now.tensors, expected))
     except CannotVerify as reason:
         return f"not verified: {reason}"
-    except Exception as error:
-        raise VerificationError(f"the exported file does not run: {error}") from error
-    return f"verified against the model, largest relative RMS difference {compare(got, expected):.1e}"
+    at = f", at batch {' and '.join(map(str, sizes))} too" if sizes else ""
+    return f"verified against the model{at}, largest relative RMS difference {worst:.1e}"
+
+
+def with_rows(call: Call, batched: Container[str], count: int) -> Call:
+    """The call with that many rows, from its first on again and again."""
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[torch.arange(count) % tensor.shape[0]] if name in batched else tensor
+
+    return call.with_tensors(change)
 
 
 @contextlib.contextmanager

@@ -140,6 +140,9 @@ def body_function(op: Op, node: ir.Node, opset: int) -> ir.Function:
     g = BodyBuilder(opset, bound_types(op, node))
     assert op.body is not None  # as `add_op` asks
     results = op.body(g, op.input_namespace(inputs), attrs)
+    for value in inputs:
+        if value is not None:
+            value.shape = None  # another node that shares the body may have another
     outputs = list(results)[: len(node.outputs)]
     name_values(op, g.nodes, outputs)
     graph = ir.Graph(

@@ -1,12 +1,20 @@
-"""Reading ONNX graphs in onnx_ir: what the file rules are written with."""
+"""Reading and editing ONNX graphs in onnx_ir: what the file rules are written with.
+
+Rules see a canonical view: what changes nothing (Identity, a Dropout that is off, a Cast or Reshape to what the value
+is already) is looked through in both directions, and a constant is one whether it is an initializer, a Constant node,
+or computed from such and from known sizes. The graph itself stays as it is until a rule replaces something.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+from trimaran.export.shapes import STANDARD, attr, fixed, note, numbers, typed
+from trimaran.export.shapes import dims as dims
 
 _NAMES = {
     ir.DataType.FLOAT: "float32",
@@ -17,13 +25,104 @@ _NAMES = {
     ir.DataType.INT32: "int32",
     ir.DataType.INT64: "int64",
 }
+WIDTH = {"float16": 1, "bfloat16": 1, "float32": 2, "float64": 3}
+MOST_FOLDED = 4096  # elements of a constant that is computed while reading
+_FOLDED: dict[str, Callable[..., Any]] = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "Pow": np.power,
+    "Sqrt": np.sqrt,
+    "Neg": np.negative,
+    "Reciprocal": np.reciprocal,
+    "Identity": lambda x: x,
+    "Not": np.logical_not,
+}
+RESHAPES = ("Reshape", "Squeeze", "Unsqueeze")
+attribute = attr
 
 
-def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """The standard-domain node of one of these types that produces the value, else None."""
+def source(value: ir.Value | None) -> ir.Value | None:
+    """The value before nodes that change nothing."""
+    while value is not None and (node := value.producer()) is not None:
+        if changes_nothing(node):
+            value = node.inputs[0]
+        elif (before := back_and_forth(node)) is not None:
+            value = before
+        else:
+            break
+    return value
+
+
+def back_and_forth(node: ir.Node) -> ir.Value | None:
+    """What a Reshape gives the shape back that it had before another one."""
+    forth = node.inputs[0].producer() if node.op_type in RESHAPES and node.inputs and node.inputs[0] else None
+    while forth is not None and changes_nothing(forth):
+        forth = forth.inputs[0].producer() if forth.inputs[0] is not None else None
+    if forth is None or forth.op_type not in RESHAPES or {node.domain, forth.domain} - {*STANDARD}:
+        return None
+    before = dims(forth.inputs[0])
+    return forth.inputs[0] if before is not None and before == dims(node.outputs[0]) else None
+
+
+def changes_nothing(node: ir.Node) -> bool:
+    if node.domain not in STANDARD or not node.inputs or node.inputs[0] is None:
+        return False
+    if node.op_type in ("Identity", "Dropout"):
+        training = node.inputs[2] if len(node.inputs) > 2 else None
+        used = any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
+        off = constant(training)
+        return not used and (training is None or (off is not None and not off.any()))
+    if node.op_type in ("Cast", "CastLike"):
+        return node.inputs[0].dtype is not None and node.inputs[0].dtype == node.outputs[0].dtype
+    if node.op_type in (*RESHAPES, "Expand"):
+        before = dims(node.inputs[0])
+        return before is not None and before == dims(node.outputs[0])
+    if node.op_type == "Transpose":
+        order = attr(node, "perm", None)
+        return order is not None and list(order) == list(range(len(order)))
+    return False
+
+
+def made_by(value: ir.Value | None, *op_types: str, domain: str = "") -> ir.Node | None:
+    """The node of one of these types that produces the value, else None."""
+    value = source(value)
     node = value.producer() if value is not None else None
-    standard = node is not None and node.domain in ("", "ai.onnx") and node.op_type in op_types
-    return node if standard else None
+    if node is None or node.op_type not in op_types:
+        return None
+    return node if node.domain == domain or (domain == "" and node.domain in STANDARD) else None
+
+
+def standard(node: ir.Node, *op_types: str) -> bool:
+    return node.domain in STANDARD and node.op_type in op_types
+
+
+def users(value: ir.Value) -> list[ir.Node]:
+    """The nodes that use the value, those that change nothing looked through; each as often as it does. Who asks for
+    the shape alone is none: exporters do, to write a Reshape that goes with what is replaced."""
+    found = []
+    for use in value.uses():
+        if standard(use.node, "Shape"):
+            continue
+        if changes_nothing(use.node) and not use.node.outputs[0].is_graph_output():
+            found += users(use.node.outputs[0])
+        else:
+            found.append(use.node)
+    return found
+
+
+def only_user(value: ir.Value, *op_types: str, domain: str = "") -> ir.Node | None:
+    """The node that alone uses the value, where it is of one of these types and nothing else sees the value."""
+    found = users(value)
+    if len({*found}) != 1 or value.is_graph_output():
+        return None
+    node = found[0]
+    return node if node.op_type in op_types and (node.domain or "ai.onnx") == (domain or "ai.onnx") else None
+
+
+def used(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
 
 
 def operand(node: ir.Node, index: int) -> ir.Value | None:
@@ -31,43 +130,119 @@ def operand(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-def attribute(node: ir.Node, name: str, default: Any) -> Any:
-    found = node.attributes.get(name)
-    return default if found is None else found.value
+def sides(node: ir.Node | None) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """The two operands of a commutative node, in both orders."""
+    if node is not None and len(node.inputs) == 2 and node.inputs[0] is not None and node.inputs[1] is not None:
+        yield node.inputs[0], node.inputs[1]
+        yield node.inputs[1], node.inputs[0]
 
 
-def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
-    """The value where it is known without running the model: an initializer that no input overrides, or a Constant."""
+def is_same(a: ir.Value | None, b: ir.Value | None) -> bool:
+    return a is not None and source(a) is source(b)
+
+
+def alike(a: ir.Value | None, b: ir.Value | None, depth: int = 8) -> bool:
+    """The same value, or computed in the same way from the same values."""
+    a, b = source(a), source(b)
+    if a is b:
+        return True
+    one, other = (value.producer() if value is not None else None for value in (a, b))
+    if one is None or other is None or not depth or len(one.inputs) != len(other.inputs):
+        first, second = constant(a), constant(b)
+        known = first is not None and second is not None and first.dtype == second.dtype
+        return known and np.array_equal(first, second)  # type: ignore[arg-type]
+    same_kind = (one.op_identifier(), one.attributes) == (other.op_identifier(), other.attributes)
+    same_place = [*one.outputs].index(a) == [*other.outputs].index(b)  # type: ignore[arg-type]
+    pairs = zip(one.inputs, other.inputs, strict=True)
+    return same_kind and same_place and all(alike(x, y, depth - 1) for x, y in pairs)
+
+
+def constant(value: ir.Value | None, depth: int = 8) -> np.ndarray[Any, Any] | None:
+    """The value where it is known without running the model, as far as it is small where it has to be computed."""
+    value = source(value)
     if value is None or value.is_graph_input():
         return None
-    tensor = value.const_value
-    if tensor is None:
-        node = made_by(value, "Constant")
-        attr = node.attributes.get("value") if node is not None else None
-        tensor = attr.value if attr is not None else None
-    return None if tensor is None else tensor.numpy()
+    if (tensor := fixed(value)) is not None:
+        return tensor.numpy()
+    node = value.producer()
+    if node is None or node.domain not in STANDARD or not depth:
+        return None
+    if node.op_type == "Constant":
+        return _constant_node(node)
+    known = numbers(value)
+    if known is not None and all(isinstance(n, int) for n in known):
+        whole = dims(value) or ()
+        return np.array(known, np.int64).reshape(whole if all(isinstance(n, int) for n in whole) else -1)
+    shape = dims(value)
+    if shape is None or not all(isinstance(n, int) for n in shape) or np.prod(shape, dtype=np.int64) > MOST_FOLDED:
+        return None
+    if node.op_type in ("Reshape", "Unsqueeze", "Squeeze"):
+        array = constant(node.inputs[0], depth - 1)
+        return None if array is None else array.reshape(shape)
+    if node.op_type not in (*_FOLDED, "Cast"):
+        return None
+    parts = [constant(part, depth - 1) for part in node.inputs]
+    return None if any(part is None for part in parts) else _computed(node, parts)
+
+
+def _constant_node(node: ir.Node) -> np.ndarray[Any, Any] | None:
+    if "value" in node.attributes:
+        return node.attributes["value"].value.numpy()  # type: ignore[no-any-return]
+    kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    found = next((name for name in kinds if name in node.attributes), None)
+    return None if found is None else np.array(node.attributes[found].value, kinds[found])
+
+
+def _computed(node: ir.Node, parts: Sequence[Any]) -> np.ndarray[Any, Any] | None:
+    with np.errstate(all="ignore"):
+        if node.op_type == "Cast":
+            dtype = ir.DataType(attr(node, "to", 1))
+            return np.asarray(parts[0]).astype(dtype.numpy())
+        if node.op_type == "Div" and np.asarray(parts[0]).dtype.kind in "iu":
+            return None
+        return np.asarray(_FOLDED[node.op_type](*parts))
 
 
 def scalar(value: ir.Value | None) -> float | None:
     """A constant of one element, of any rank, as a float."""
-    array = constant(value)
-    return float(array.reshape(())) if array is not None and array.size == 1 and array.dtype.kind in "fiu" else None
-
-
-def dtype_of(value: ir.Value) -> str:
-    return _NAMES.get(value.dtype, str(value.dtype)) if value.dtype is not None else "unknown"
-
-
-def dims(value: ir.Value | None) -> tuple[Any, ...] | None:
-    """The shape: ints, names, or None for a dimension of which nothing is known; None where not even the rank is."""
-    if value is None or value.shape is None:
+    shape = dims(value)
+    if shape is not None and any(size != 1 for size in shape):
         return None
-    return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+    array = constant(value)
+    number = array is not None and array.size == 1 and array.dtype.kind not in "bSUO"
+    return float(array.reshape(())) if number and array is not None else None
+
+
+def is_parameter(value: ir.Value | None) -> bool:
+    """An initializer, a Constant, or such a one behind nodes that change nothing."""
+    value = source(value)
+    if value is None or value.is_graph_input():
+        return False
+    node = value.producer()
+    return fixed(value) is not None or (node is not None and standard(node, "Constant"))
+
+
+def uncast(value: ir.Value) -> ir.Value:
+    """The value before casts to a wider floating-point type, which lose nothing."""
+    while (node := made_by(value, "Cast")) is not None and node.inputs[0] is not None:
+        before, after = WIDTH.get(dtype_of(node.inputs[0])), WIDTH.get(dtype_of(node.outputs[0]))
+        if before is None or after is None or before >= after:
+            break
+        value = node.inputs[0]
+    found = source(value)
+    assert found is not None
+    return found
+
+
+def dtype_of(value: ir.Value | None) -> str:
+    if value is None or value.dtype is None:
+        return "unknown"
+    return _NAMES.get(value.dtype, str(value.dtype))
 
 
 def same(a: Any, b: Any) -> bool:
-    """Provably equal dimensions: two unknown ones are not."""
-    return a is not None and a == b
+    """Provably equal sizes."""
+    return a is not None and bool(a == b)
 
 
 def same_dims(a: Sequence[Any] | None, b: Sequence[Any] | None) -> bool:
@@ -75,11 +250,22 @@ def same_dims(a: Sequence[Any] | None, b: Sequence[Any] | None) -> bool:
 
 
 def readable(shape: Sequence[Any] | None) -> str:
-    return "unknown" if shape is None else "[" + ", ".join("?" if d is None else str(d) for d in shape) + "]"
+    return (
+        "unknown" if shape is None else "[" + ", ".join("?" if str(d).startswith("?") else str(d) for d in shape) + "]"
+    )
 
 
 def permutation(node: ir.Node | None) -> list[int] | None:
-    return list(attribute(node, "perm", [])) if node is not None else None
+    if node is None:
+        return None
+    order = attr(node, "perm", None)
+    rank = len(dims(node.inputs[0]) or ())
+    order = list(order) if order is not None else list(range(rank - 1, -1, -1))
+    return order if sorted(order) == [*range(len(order))] else None
+
+
+def last_axis(node: ir.Node, axis: int, rank: int | None) -> bool:
+    return rank is not None and rank > 0 and axis in (-1, rank - 1)
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
@@ -87,11 +273,23 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
     if old.is_graph_output():
         name, old.name = old.name, f"{old.name}_replaced"
         new.name = name
-    if new.shape is None:
         new.shape = old.shape
-    if new.dtype is None and old.dtype is not None:
-        new.dtype = old.dtype
+    note_like(new, old)
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def note_like(new: ir.Value, old: ir.Value) -> None:
+    """What is known of `old` is known of `new`."""
+    typed(new, old.dtype)
+    shape = dims(old)
+    if new.shape is None and shape is not None:
+        new.shape = written(shape)
+    new.meta["dims"] = shape
+
+
+def written(shape: Sequence[Any]) -> ir.Shape:
+    """As a file may say it: a size that has no name there is left open."""
+    return ir.Shape([n if isinstance(n, int) else None if "?" in str(n) else str(n) for n in shape])
 
 
 class Inserter:
@@ -111,9 +309,29 @@ class Inserter:
     ) -> ir.Value:
         value = self.node(op_type, inputs, attributes).outputs[0]
         value.dtype = dtype
-        value.shape = None if shape is None else ir.Shape(shape)
+        if shape is not None:
+            value.shape = written(shape)
+        note(value, shape)
         return value
 
     def constant(self, array: np.ndarray[Any, Any]) -> ir.Value:
         tensor = ir.tensor(array)
         return self("Constant", dtype=tensor.dtype, shape=array.shape, value=tensor)
+
+    def reshape(self, x: ir.Value, target: Sequence[int], shape: Sequence[Any]) -> ir.Value:
+        return self("Reshape", x, self.constant(np.array(target, np.int64)), dtype=x.dtype, shape=shape)
+
+    def transpose(self, x: ir.Value, order: Sequence[int]) -> ir.Value:
+        shape = dims(x)
+        assert shape is not None
+        return self("Transpose", x, perm=list(order), dtype=x.dtype, shape=[shape[axis] for axis in order])
+
+    def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+        return self("Cast", x, to=int(dtype), dtype=dtype, shape=dims(x))
+
+    def widened(self, x: ir.Value, rank: int) -> ir.Value:
+        """x with leading axes of size 1, as broadcasting would add them."""
+        shape = dims(x)
+        assert shape is not None
+        ones = self.constant(np.ones(rank, np.int64))
+        return self("Expand", x, ones, dtype=x.dtype, shape=[*[1] * (rank - len(shape)), *shape])

@@ -16,19 +16,31 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from trimaran.export import files
 from trimaran.export.functions import attach_functions, count_nodes
-from trimaran.export.report import OnnxReport
-from trimaran.export.rules.attention import ATTENTION_ANCHORS, check_attention, rewrite_attention
+from trimaran.export.onnx_graph import used
+from trimaran.export.page import node_lines
+from trimaran.export.report import FileMiss, OnnxReport
+from trimaran.export.rules import attention_operators, linear
+from trimaran.export.rules.activations import ACTIVATION_ANCHORS
 from trimaran.export.rules.layer_norm import LAYER_NORM_ANCHORS, check_layer_norm, rewrite_layer_norm
-from trimaran.export.schemas import register_schemas
+from trimaran.export.rules.rms_norm import RMS_NORM_ANCHORS, check_rms_norm, rewrite_rms_norm
+from trimaran.export.rules.rotary_embedding import ROTARY_ANCHORS, check_rotary, rewrite_rotary
+from trimaran.export.schemas import DOMAIN, register_schemas
+from trimaran.export.shapes import infer
 from trimaran.export.verify import CannotVerify, compare_files, example_inputs
-from trimaran.torch_path.report import NearMiss
 
 OLDEST_OPSET = 11
+KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft", DOMAIN)
+Progress = Callable[[str, float], None]
+
+
+def nothing(stage: str, done: float) -> None:
+    """Shows no progress."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """check(node) -> a match of the rule's own kind, or a str: the reason why not. rewrite(node, match)."""
+    """check(node) gives a match of the rule's own kind; or a str, the reason why this place is none though it looks
+    like one; or None, where there is nothing to say. rewrite(node, match) replaces it."""
 
     name: str
     anchors: tuple[str, ...]
@@ -43,12 +55,14 @@ def rewrite_onnx(
     verify: bool = True,
     inputs: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    progress: Progress = nothing,
 ) -> OnnxReport:
-    """Write `src` to `dst` with its attention and layer norm nodes replaced by trimaran's.
+    """Write `src` to `dst` with its attention, norm, linear and rotary embedding nodes replaced by trimaran's.
 
     The result runs on the kernels in `trimaran.ort_session` and, by function bodies, in any onnxruntime from 1.27 on.
     It is checked by running both files on `inputs` (arrays by name; generated where not given) on the CPU. `src` stays
-    as it is; a file in which nothing matches is copied byte for byte.
+    as it is; a file in which nothing matches is copied byte for byte. Linear layers are replaced in 16 bits only, in
+    fp32 onnxruntime's own are sooner done. `progress` is called with a stage and how much is done, from 0 to 1.
 
     Raises FileNotFoundError, FileExistsError (unless overwrite=True), ValueError for a file that is not ONNX, and
     VerificationError where the two files disagree; nothing is left behind then.
@@ -58,57 +72,89 @@ def rewrite_onnx(
     if target.exists() and os.path.samefile(source, target):
         raise ValueError(f"dst is {str(target)!r}, which is src itself")
     model = files.load("src", source)
-    near_misses = rewrite(model)
+    before = node_lines(model)
+    near_misses = rewrite(model, progress)
     replaced = Counter(count_nodes(model))
-    report = OnnxReport(str(target), replaced, near_misses)
+    report = OnnxReport(
+        str(target), replaced, near_misses, before=before, after=node_lines(model) if replaced else before
+    )
     with files.beside(target) as folder:
         if not replaced:
             report.verified = "a copy of the source"
             copy(model, source, folder, target.name, report)
         else:
+            progress("writing", 0.9)
             written = files.save(model, folder, target.name)
             if verify:
+                progress("running both files", 0.95)
                 report.verified = verified(source, written, model, inputs)
         files.publish(folder, target)
+    progress("done", 1.0)
     return report
 
 
-def rewrite(model: ir.Model) -> list[NearMiss]:
+def rewrite(model: ir.Model, progress: Progress = nothing) -> list[FileMiss]:
     """Apply the rules to a model in memory, in place, and give its nodes function bodies; what was not matched and
-    why."""
+    why. `progress` is called with what is being done and how far it is, from 0 to 1."""
     register_schemas()
-    opset = model.opset_imports.get("", 0)
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     if opset < OLDEST_OPSET:
-        return [NearMiss("all rules", "the model", f"it is of opset {opset}, supported from {OLDEST_OPSET}")]
-    ShapeInferencePass()(model)
+        return [FileMiss("all rules", "the model", f"it is of opset {opset}, supported from {OLDEST_OPSET}")]
+    progress("shapes", 0.0)
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    RemoveUnusedNodesPass()(model)  # what nobody uses would count as a user
+    infer(model.graph)
     near_misses, changed = [], False
-    for rule in rules(opset):
-        for node in [n for n in ir.traversal.RecursiveGraphIterator(model.graph) if is_anchor(n, rule)]:
-            match = rule.check(node)
-            if isinstance(match, str):
-                near_misses.append(NearMiss(rule.name, str(node.name), match))
-            else:
-                rule.rewrite(node, match)
-                changed = True
-        if changed:
+    every = rules(opset)
+    for index, rule in enumerate(every):
+        progress(rule.name, 0.2 + 0.6 * index / len(every))
+        misses, replaced = apply(rule, model.graph)
+        near_misses += misses
+        if replaced:
+            changed = True
             RemoveUnusedNodesPass()(model)
     if changed:
+        progress("function bodies", 0.85)
         model.graph.sort()
         attach_functions(model)
     return near_misses
 
 
+def apply(rule: Rule, graph: ir.Graph) -> tuple[list[FileMiss], bool]:
+    """Rewrite every match of one rule; what looked like one and is none comes back, and whether anything changed."""
+    misses, changed = [], False
+    for node in [n for n in ir.traversal.RecursiveGraphIterator(graph) if is_anchor(n, rule)]:
+        if not any(used(output) for output in node.outputs):
+            continue  # went with an earlier match
+        match = rule.check(node)
+        if isinstance(match, str):
+            misses.append(FileMiss.of(rule.name, node, match))
+        elif match is not None:
+            rule.rewrite(node, match)
+            changed = True
+    return misses, changed
+
+
 def rules(opset: int) -> tuple[Rule, ...]:
     """The rules, for one model: layers that share a mask share what is computed from it."""
-    attention = partial(rewrite_attention, cache={}, opset=opset)
+    check_attention = partial(attention_operators.check_attention, opset=opset)
+    rewrite_attention = partial(attention_operators.rewrite, cache={}, opset=opset)
     return (
-        Rule("attention", ATTENTION_ANCHORS, check_attention, attention),
+        Rule("rotary_embedding", ROTARY_ANCHORS, check_rotary, rewrite_rotary),
+        Rule("attention", attention_operators.ATTENTION_ANCHORS, check_attention, rewrite_attention),
         Rule("layer_norm", LAYER_NORM_ANCHORS, check_layer_norm, rewrite_layer_norm),
+        Rule("rms_norm", RMS_NORM_ANCHORS, check_rms_norm, rewrite_rms_norm),
+        Rule("linear", linear.LINEAR_ANCHORS, linear.check_linear, linear.rewrite_linear),
+        Rule("gated_linear", ("Mul",), linear.check_gated, linear.rewrite_gated),
+        Rule("activation", ACTIVATION_ANCHORS, linear.check_activation, linear.rewrite_activation),
+        Rule("shared_input", ("attention",), linear.check_shared, linear.rewrite_shared),
+        Rule("linear_norm", ("layer_norm", "rms_norm"), linear.check_linear_norm, linear.rewrite_linear_norm),
+        Rule("residual", ("linear",), linear.check_residual, linear.rewrite_residual),
     )
 
 
 def is_anchor(node: ir.Node, rule: Rule) -> bool:
-    return node.domain in ("", "ai.onnx") and node.op_type in rule.anchors
+    return node.domain in KNOWN_DOMAINS and node.op_type in rule.anchors
 
 
 def verified(source: Path, written: Path, model: ir.Model, inputs: Mapping[str, Any] | None) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from trimaran.export.onnx_graph import dims, made_by
+from trimaran.export.onnx_graph import made_by
+from trimaran.export.twin import has_bfloat16, write_twin
 
 # Largest RMS error, relative to the RMS of the output. fp32 outputs of deep models differ by 1e-6 to 1e-5 between
 # runtimes.
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "float64": 1e-6}
+LARGEST = 1 << 28  # elements of a generated input
 FUNCTIONS_SINCE = (1, 27)  # the onnxruntime that can run function overloads
-SIZES = {0: 2, 1: 7}  # of dynamic axes in generated inputs, by axis
+SIZES, OTHER_SIZE = (2, 7), 3  # of free axes in generated inputs: the batch, the second axis, and others
 
 
 class VerificationError(RuntimeError):
@@ -27,16 +32,52 @@ class CannotVerify(Exception):
 
 
 def run(path: Path, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Outputs by name from a plain onnxruntime on the CPU, without our library. CannotVerify where there is none."""
+    """Outputs by name from a plain onnxruntime on the CPU, without our library. A bfloat16 file is run as float32, its
+    outputs rounded. CannotVerify where there is no onnxruntime that can."""
     try:
         import onnxruntime
     except ImportError as error:
         raise CannotVerify(f"onnxruntime is not installed ({error})") from error
     if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < FUNCTIONS_SINCE:
         raise CannotVerify(f"onnxruntime {onnxruntime.__version__} cannot run function overloads, 1.27 can")
+    model = ir.load(path)
+    if not has_bfloat16(model):
+        return _outputs(path, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        widened = {name: x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x for name, x in inputs.items()}
+        found = _outputs(write_twin(path, Path(folder)), widened)
+    rounded = {str(value.name) for value in model.graph.outputs if value.dtype == ir.DataType.BFLOAT16}
+    return {name: x.astype(ml_dtypes.bfloat16) if name in rounded else x for name, x in found.items()}
+
+
+def _outputs(path: Path, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def check_run(path: Path, inputs: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
+    """Run an exported file on the inputs of its model, torch tensors by name as the outputs are. The largest relative
+    RMS error; VerificationError where it is too large or the file does not run, CannotVerify as `run`."""
+    try:
+        got = run(path, {name: array(tensor) for name, tensor in inputs.items()})
+    except CannotVerify:
+        raise
+    except Exception as error:
+        raise VerificationError(f"the exported file does not run: {first_line(error)}") from error
+    return compare(got, {name: array(tensor) for name, tensor in expected.items() if name in got})
+
+
+def array(tensor: Any) -> np.ndarray[Any, Any]:
+    """A torch tensor as a NumPy array, of ml_dtypes' kind where it is bfloat16."""
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        return np.asarray(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+    return np.asarray(tensor.numpy())
 
 
 def compare(got: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
@@ -76,28 +117,59 @@ def compare_files(source: Path, target: Path, inputs: Mapping[str, np.ndarray[An
     except CannotVerify:
         raise
     except Exception as error:
-        raise CannotVerify(f"the source file does not run on these inputs: {_first_line(error)}") from error
+        raise CannotVerify(f"the source file does not run on these inputs: {first_line(error)}") from error
     try:
         got = run(target, inputs)
     except Exception as error:
-        raise VerificationError(f"the rewritten file does not run: {_first_line(error)}") from error
+        raise VerificationError(f"the rewritten file does not run: {first_line(error)}") from error
     return f"verified against the source, largest relative RMS difference {compare(got, expected):.1e}"
 
 
-def example_inputs(model: ir.Model, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+def example_inputs(model: ir.Model, seed: int = 0, sizes: tuple[int, int] = SIZES) -> dict[str, np.ndarray[Any, Any]]:
     """Random inputs that the model can take: indices within what they look up, masks with holes, floats from a normal
-    distribution. CannotVerify where a rank or dtype is not known."""
+    distribution. sizes: the batch and the length that free axes get. CannotVerify where a rank or dtype is not
+    known."""
     generator = np.random.default_rng(seed)
-    made = {}
-    for value in model.graph.inputs:
-        if value.name in model.graph.initializers:
-            continue
-        shape = dims(value)
-        if shape is None or value.dtype is None:
+    wanted = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    for value in wanted:
+        if value.shape is None or value.dtype is None:
             raise CannotVerify(f"the shape or type of input {value.name} is not known, give inputs=")
-        size = [dim if isinstance(dim, int) else SIZES.get(axis, 3) for axis, dim in enumerate(shape)]
-        made[str(value.name)] = _random(generator, value, size)
-    return made
+    shapes = known_sizes([_named(value) for value in wanted], sizes)
+    if max(map(math.prod, shapes), default=0) > LARGEST:
+        raise CannotVerify(f"the inputs would have the shapes {shapes}, give smaller ones by inputs=")
+    return {str(value.name): _random(generator, value, shape) for value, shape in zip(wanted, shapes, strict=True)}
+
+
+def known_sizes(shapes: Sequence[Sequence[int | str | None]], sizes: tuple[int, int]) -> list[list[int]]:
+    """Numbers for shapes: one for each name, and for a sum of names (`past_sequence + sequence`) their sum."""
+    by_axis = {0: sizes[0], 1: sizes[1]}
+    table: dict[str, int] = {}
+    for shape in shapes:
+        for axis, dim in enumerate(shape):
+            if isinstance(dim, str) and _sum(dim, table) is None and len(_terms(dim)) == 1:
+                table.setdefault(dim, by_axis.get(axis, OTHER_SIZE))
+    return [
+        [
+            dim if isinstance(dim, int) else (_sum(dim, table) if dim else None) or by_axis.get(axis, OTHER_SIZE)
+            for axis, dim in enumerate(shape)
+        ]
+        for shape in shapes
+    ]
+
+
+def _named(value: ir.Value | None) -> list[int | str | None]:
+    """The shape in numbers and names; empty where it is not known."""
+    shape = value.shape if value is not None else None
+    return [dim if isinstance(dim, int) else dim.value for dim in shape or ()]
+
+
+def _terms(name: str) -> list[str]:
+    return [term.strip() for term in name.split("+")]
+
+
+def _sum(name: str, table: Mapping[str, int]) -> int | None:
+    found = [int(term) if term.isdecimal() else table.get(term) for term in _terms(name)]
+    return None if None in found else sum(size for size in found if size is not None)
 
 
 def _random(generator: np.random.Generator, value: ir.Value, size: Sequence[int]) -> np.ndarray[Any, Any]:
@@ -106,7 +178,7 @@ def _random(generator: np.random.Generator, value: ir.Value, size: Sequence[int]
     if np.issubdtype(dtype, np.floating) or value.dtype == ir.DataType.BFLOAT16:
         return np.asarray(generator.standard_normal(size)).astype(dtype)
     array = generator.integers(0, index_bound(value), size)
-    if array.ndim > 1:
+    if array.ndim > 1 and array.shape[-1]:
         array[..., 0] = 1  # so that a mask leaves something in each row
     return np.asarray(array).astype(dtype)
 
@@ -118,10 +190,11 @@ def index_bound(value: ir.Value, depth: int = 4) -> int:
     for use in value.uses():
         node = use.node
         if node.op_type == "Gather" and use.idx == 1:
-            table = dims(node.inputs[0])
+            table = _named(node.inputs[0])
             axis = node.attributes["axis"].value if "axis" in node.attributes else 0
-            if table is not None and isinstance(table[axis], int):
-                bounds.append(table[axis])
+            size = table[axis] if -len(table) <= axis < len(table) else None
+            if isinstance(size, int):
+                bounds.append(size)
         elif (
             depth
             and made_by(node.outputs[0], "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten")
@@ -132,5 +205,6 @@ def index_bound(value: ir.Value, depth: int = 4) -> int:
     return smallest if smallest < 2**31 else 2
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what an error says; what kind it is where it says nothing."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

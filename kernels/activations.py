@@ -24,8 +24,6 @@ SQRT_2_OVER_PI = tl.constexpr(math.sqrt(2 / math.pi))
 SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 QUICK = tl.constexpr(1.702)
 LOG2_E = tl.constexpr(math.log2(math.e))
-LN_2_HIGH = tl.constexpr(0.693145751953125)  # ln 2 to 16 bits, so that its small multiples are exact
-LN_2_LOW = tl.constexpr(math.log(2) - 0.693145751953125)
 # 1 + erf(x / sqrt 2) = 2 / (1 + 2^(x (A + B x^2 + C x^4))), fitted to where x is up to 6
 GELU_A = tl.constexpr(-1.59501517 * math.log2(math.e))
 GELU_B = tl.constexpr(-7.40119920e-2 * math.log2(math.e))
@@ -33,23 +31,9 @@ GELU_C = tl.constexpr(7.03185695e-4 * math.log2(math.e))
 
 
 @triton.jit
-def exp(x):
-    """Within a unit in the last place of fp32, which the hardware's own is not."""
-    x = tl.minimum(tl.maximum(x, -87.0), 88.0)
-    power = tl.floor(x * LOG2_E + 0.5)
-    rest = (x - power * LN_2_HIGH) - power * LN_2_LOW
-    series = 1.0 / 720.0 + rest * (1.0 / 5040.0)
-    series = 1.0 / 120.0 + rest * series
-    series = 1.0 / 24.0 + rest * series
-    series = 1.0 / 6.0 + rest * series
-    series = 0.5 + rest * series
-    return (1.0 + (rest + rest * rest * series)) * tl.exp2(power)
-
-
-@triton.jit
 def sigmoid(x, EXACT: tl.constexpr):
     if EXACT:
-        return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + exp(-x))
+        return 1.0 / (1.0 + tl.exp(-x))
     else:
         return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
 
@@ -75,7 +59,8 @@ def gelu(x, EXACT: tl.constexpr):
 
 @triton.jit
 def activated(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """x in fp32, any shape. EXACT: to the accuracy of fp32, not only of what is rounded to 16 bits."""
+    """x in fp32, any shape. EXACT: as exact as the functions of the language, not only what is rounded to 16 bits; that
+    is fp32's accuracy where kernels are interpreted, which is where fp32 runs."""
     if ACTIVATION == "relu":
         x = tl.where(x > 0.0, x, tl.where(x != x, x, 0.0))  # NaN stays
     if ACTIVATION == "gelu":

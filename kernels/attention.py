@@ -335,6 +335,10 @@ CONFIGS: list[Row] = [
 # For compute capability 9.0 and half precision, measured on an H200 (Triton 3.6). bias, masked (by key) and causal are
 # 0 or 1; descriptors pay where keys are many, or where a bias comes in tiles.
 HOPPER: list[Row] = [
+    (
+        {"bias": 0, "queries": 16, "keys": 16, "head_dim": 64},
+        {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
+    ),
     ({"queries": 16, "head_dim": 128}, {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
     ({"bias": 0, "head_dim": 64, "keys": 128}, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
     (

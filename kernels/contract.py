@@ -57,7 +57,8 @@ class Decline(Exception):
 class Device:
     """What a plan may know of where it runs.
 
-    capability is 90 for sm_90 and 0 where the kernels are interpreted; shared_memory is in bytes per program.
+    capability is 90 for sm_90 and 0 where the kernels are interpreted; shared_memory is in bytes per program. fallback:
+    what a plan declines is computed by somebody else; where nobody is there, a plan that is only slower is better.
     """
 
     type: Literal["cuda", "cpu"]
@@ -65,6 +66,7 @@ class Device:
     capability: int = 0
     sm_count: int = 1
     shared_memory: int = 0
+    fallback: bool = True
 
 
 INTERPRETER = Device("cpu")

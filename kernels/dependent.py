@@ -8,6 +8,7 @@ before it, and every program waits. A plan sets the option `launch_pdl` and the 
 from __future__ import annotations
 
 import triton
+import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trimaran.kernels.contract import Device
@@ -18,6 +19,22 @@ def await_inputs():
     """Let the next kernel start, and wait until what the last one wrote can be read."""
     gdc_launch_dependents()
     gdc_wait()
+
+
+@triton.jit
+def begin(PDL: tl.constexpr, EARLY: tl.constexpr):
+    """Let the next kernel start. EARLY: all that is read before `await_rest` is constant; else wait."""
+    if PDL:
+        gdc_launch_dependents()
+        if not EARLY:
+            gdc_wait()
+
+
+@triton.jit
+def await_rest(PDL: tl.constexpr, EARLY: tl.constexpr):
+    """Wait until what the last kernel wrote can be read, unless `begin` has."""
+    if PDL and EARLY:
+        gdc_wait()
 
 
 def dependent(device: Device) -> bool:

@@ -3,7 +3,8 @@
     out = activation(x Wg^T + bg) * (x Wu^T + bu)           SwiGLU with silu, GEGLU with gelu, and so on
 
 x: [.., K]; gate_weight, up_weight: [N, K], or [K, N] where `transpose_weight`; gate_bias, up_bias: [N]; out: [.., N].
-fp32, fp16 or bf16, all alike; accumulated and multiplied in fp32 (never TF32), rounded once.
+fp32, fp16 or bf16, all alike; accumulated and multiplied in fp32 (never TF32), rounded once. On a GPU the plan declines
+fp32.
 
 Without up_weight, gate_weight is both, [2N, K] (or [K, 2N]), and gate_bias [2N]: what a model splits by chunk(2).
 `gate` says which half is activated: "first" or "second".
@@ -34,10 +35,12 @@ from trimaran.kernels.contract import (
     readable,
 )
 from trimaran.kernels.dependent import await_inputs, dependent
+from trimaran.kernels.linear_few import gated_linear_few_kernel
+from trimaran.kernels.linear_many import gated_linear_many_kernel
 from trimaran.kernels.matmul import (
+    CONFIGS,
     check_device,
     check_vectors,
-    descriptors_fit,
     grouped,
     left_to_vendor,
     load_weight,
@@ -45,6 +48,7 @@ from trimaran.kernels.matmul import (
     matrix_rows,
     weight_rows,
     weight_sizes,
+    whole_vectors,
 )
 from trimaran.kernels.sizes import cdiv, differ, minimum, product
 
@@ -104,89 +108,13 @@ def gated_linear_kernel(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
-@triton.jit
-def gated_linear_tma_kernel(
-    x_ptr,  # all as gated_linear_kernel's, and every row starts on a multiple of 16 bytes
-    gate_ptr,
-    up_ptr,
-    gate_bias_ptr,
-    up_bias_ptr,
-    out_ptr,
-    stride_x,
-    stride_gate,
-    stride_up,
-    rows,
-    columns,
-    depth,
-    ACTIVATION: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    PDL: tl.constexpr,
-    FLATTEN: tl.constexpr,  # loads of a tile start while the last one is finished
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    # Blocks move by tensor descriptors, which are written to memory that the last kernel may still use, so even they
-    # wait. As many programs as run at once, each with every so manieth tile.
-    if PDL:
-        await_inputs()
-    x_blocks = tl.make_tensor_descriptor(x_ptr, [rows, depth], [stride_x, 1], [BLOCK_M, BLOCK_K])
-    if TRANSPOSE:
-        gate_blocks = tl.make_tensor_descriptor(gate_ptr, [depth, columns], [stride_gate, 1], [BLOCK_K, BLOCK_N])
-        up_blocks = tl.make_tensor_descriptor(up_ptr, [depth, columns], [stride_up, 1], [BLOCK_K, BLOCK_N])
-    else:
-        gate_blocks = tl.make_tensor_descriptor(gate_ptr, [columns, depth], [stride_gate, 1], [BLOCK_N, BLOCK_K])
-        up_blocks = tl.make_tensor_descriptor(up_ptr, [columns, depth], [stride_up, 1], [BLOCK_N, BLOCK_K])
-    out_blocks = tl.make_tensor_descriptor(out_ptr, [rows, columns], [columns, 1], [BLOCK_M, BLOCK_N])
-    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
-        tile_m, tile_n = grouped(tile, tiles_m, tiles_n, GROUP)
-        m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
-        gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for at in range(0, depth, BLOCK_K):
-            x = x_blocks.load([m, at])
-            if TRANSPOSE:
-                gate = tl.dot(x, gate_blocks.load([at, n]), gate, input_precision="ieee")
-                up = tl.dot(x, up_blocks.load([at, n]), up, input_precision="ieee")
-            else:
-                gate = tl.dot(x, gate_blocks.load([n, at]).T, gate, input_precision="ieee")
-                up = tl.dot(x, up_blocks.load([n, at]).T, up, input_precision="ieee")
-        column = n + tl.arange(0, BLOCK_N)
-        if gate_bias_ptr is not None:
-            gate += tl.load(gate_bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-        if up_bias_ptr is not None:
-            up += tl.load(up_bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-        out_blocks.store([m, n], (activated(gate, ACTIVATION, False) * up).to(out_ptr.dtype.element_ty))
-
-
-# Tiles that fit the 99 KiB of shared memory of the smallest supported GPUs (sm_86, sm_120).
-CONFIGS: list[Row] = [
-    (
-        {"dtype": "float32", "rows": 32},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-    ),
-    ({"dtype": "float32"}, {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}),
-    ({"rows": 16}, {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}),
-    ({"rows": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}),
-    ({}, {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}),
-]
-
-# For compute capability 9.0 and half precision, measured on an H200 (Triton 3.6); as linear's.
+# On Hopper, in half precision, measured on an H200 (Triton 3.6). A row with PINGPONG is of gated_linear_many_kernel,
+# one without of gated_linear_few_kernel.
 HOPPER: list[Row] = [
-    (
-        {"rows": 16},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 2},
-    ),
-    (
-        {"rows": 256},
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    ),
-    (
-        {},
-        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4, "PER_SM": 1, "GROUP": 16},
-    ),
+    ({"rows": 16}, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "STAGES": 4}),
+    ({"rows": 256}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 4, "PINGPONG": 0, "GROUP": 16}),
+    ({"rows": 2048}, {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "STAGES": 6, "PINGPONG": 1, "GROUP": 16}),
+    ({}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 4, "PINGPONG": 0, "GROUP": 16}),
 ]
 
 
@@ -229,18 +157,14 @@ def halves(inputs: Any, attrs: Any) -> list[tuple[Tensor, Tensor | None]]:
 
 
 def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
-    x, out, transpose = inputs.x, outputs.out, attrs.transpose_weight
+    x, out = inputs.x, outputs.out
     rows, depth, columns = product(x.shape[:-1]), x.shape[-1], out.shape[-1]
     check_device("gated_linear", device, rows)
     check_vectors(inputs, "gate_bias", "up_bias")
     (gate, gate_bias), (up, up_bias) = halves(inputs, attrs)
-    table = HOPPER if device.capability == 90 and x.dtype != "float32" else CONFIGS
-    facts = {"dtype": x.dtype, "rows": rows, "columns": columns, "depth": depth}
-    options = dict(lookup(table, **facts))
-    left_to_vendor("gated_linear", device, x.dtype, options)
-    if "PER_SM" in options and not descriptors_fit(x, [gate, up], out, transpose):
-        options = dict(lookup(CONFIGS, **facts))
-    blocks = {name: options.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    hopper = device.capability == 90 and x.dtype != "float32" and whole_vectors(x, [gate, up])
+    config = lookup(HOPPER if hopper else CONFIGS, rows=rows, columns=columns, depth=depth, products=2)
+    left_to_vendor("gated_linear", device, x.dtype, config)
     args = {
         "x_ptr": x,
         "gate_ptr": gate,
@@ -255,21 +179,29 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
         "columns": Divisible(columns),
         "depth": Divisible(depth),
     }
+    tiles = cdiv(rows, config["BLOCK_M"]) * cdiv(columns, config["BLOCK_N"])
     pdl = dependent(device)
     constexprs = {
         "ACTIVATION": attrs.activation,
-        "TRANSPOSE": transpose,
+        "TRANSPOSE": attrs.transpose_weight,
         "PDL": pdl,
-        "GROUP": options.pop("GROUP", 8),
-        **blocks,
+        "GROUP": config.get("GROUP", 8),
+        **{name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")},
     }
-    tiles = cdiv(rows, blocks["BLOCK_M"]) * cdiv(columns, blocks["BLOCK_N"])
-    if "PER_SM" in options:
-        programs = minimum(tiles, device.sm_count * options.pop("PER_SM"))
-        constexprs["FLATTEN"] = bool(options.pop("FLATTEN", 0))
-        return [Launch(gated_linear_tma_kernel, (programs,), args, constexprs, {**options, "launch_pdl": pdl})]
-    constexprs["EVEN"] = bool(depth % blocks["BLOCK_K"] == 0)
-    return [Launch(gated_linear_kernel, (tiles,), args, constexprs, {**options, "launch_pdl": pdl})]
+    options = {"num_warps": config.get("num_warps", 4), "num_stages": config.get("num_stages", 1), "launch_pdl": pdl}
+    if "PINGPONG" in config:
+        ring = {"PINGPONG": bool(config["PINGPONG"]), "STAGES": config["STAGES"]}
+        programs = minimum(tiles, device.sm_count)
+        return [Launch(gated_linear_many_kernel, (programs,), args, constexprs | ring, options)]
+    if "STAGES" in config:
+        ring = {
+            "STAGES": config["STAGES"],
+            "WHOLE": bool(depth <= config["STAGES"] * config["BLOCK_K"]),
+            "EARLY": pdl and gate.constant and up.constant,
+        }
+        return [Launch(gated_linear_few_kernel, (tiles,), args, constexprs | ring, options)]
+    constexprs["EVEN"] = bool(depth % config["BLOCK_K"] == 0)
+    return [Launch(gated_linear_kernel, (tiles,), args, constexprs, options)]
 
 
 def gated_linear_reference(

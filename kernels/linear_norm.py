@@ -4,11 +4,12 @@
     y   = norm(sum)                         layer_norm or rms_norm, over the last dimension
 
 x: [.., K]; weight: [N, K], or [K, N] where `transpose_weight`; bias, norm_weight, norm_bias: [N]; residual, y, sum:
-[.., N]. fp32, fp16 or bf16, all alike. Accumulated in fp32 (never TF32); `norm` is "layer", or "rms" with rms_norm's
-`cast` and without norm_bias. `sum` is written only where it is asked for.
+[.., N]. fp32, fp16 or bf16, all alike; or, as under autocast, all but x, weight and bias in fp32. Accumulated in fp32
+(never TF32); a GPU's plan declines x in fp32. `norm` is "layer", or "rms" with rms_norm's `cast` and without norm_bias.
+`sum` is written only where it is asked for.
 
-For few rows the depth K is split over the GPU, and the kernel that adds the parts, in their order, does the rest: the
-norm costs no kernel of its own. For many rows the linear layer and the norm run one after the other.
+For few rows the product is left in fp32, in parts of the depth K where that is large, and the kernel that adds the
+parts, in their order, does the rest. For many rows the linear layer and the norm run one after the other.
 """
 
 from __future__ import annotations
@@ -19,11 +20,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trimaran.kernels import layer_norm, rms_norm
-from trimaran.kernels import linear as linear_layer
-from trimaran.kernels.configs import Row, lookup
+from trimaran.kernels import layer_norm, linear_plan, rms_norm
 from trimaran.kernels.contract import (
     Attr,
     Device,
@@ -36,12 +34,16 @@ from trimaran.kernels.contract import (
     Tensor,
     expect_shape,
 )
-from trimaran.kernels.dependent import dependent
+from trimaran.kernels.dependent import begin, dependent
+from trimaran.kernels.linear_tiles import sum_parts
 from trimaran.kernels.matmul import check_device, check_vectors, left_to_vendor, weight_sizes
 from trimaran.kernels.rms_norm import scaled
 from trimaran.kernels.sizes import contiguous_strides, power_of_2, product
 
+FLOATS = ("float32", "float16", "bfloat16")
+JOINED_ROWS = 256
 JOINED_COLUMNS = 4096  # a row, times the parts, is held in registers
+PARTS = 3  # of the depth, where linear's table does not say
 
 
 @triton.jit
@@ -70,27 +72,14 @@ def sum_norm_kernel(
     inside = column < columns
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     # All that is read is asked for at once, and what is constant before the linear layer has ended.
-    if PDL:
-        gdc_launch_dependents()
-        if not EARLY:
-            gdc_wait()
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    begin(PDL, EARLY)
     if norm_weight_ptr is not None:
         norm_weight = tl.load(norm_weight_ptr + column, mask=inside, other=0.0)
     if norm_bias_ptr is not None:
         norm_bias = tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if PDL and EARLY:
-        gdc_wait()
+    total = sum_parts(parts_ptr, bias_ptr, row, column, rows, columns, SPLIT, PDL, EARLY, BLOCK)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0).to(tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(SPLIT):
-        total += tl.load(parts_ptr + (part * rows.to(tl.int64) + row) * columns + column, mask=inside, other=0.0)
-    if bias_ptr is not None:
-        total += bias
-    if residual_ptr is not None:
-        total += residual
+        total += tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0).to(tl.float32)
     total = total.to(dtype)
     if sum_ptr is not None:
         tl.store(sum_ptr + row * columns + column, total, mask=inside)
@@ -103,49 +92,6 @@ def sum_norm_kernel(
     if norm_bias_ptr is not None:
         y += norm_bias
     tl.store(y_ptr + row * columns + column, y.to(dtype), mask=inside)
-
-
-# Tiles of few rows, as linear's; SPLIT parts of the depth. Where it is 0 the two ops run one after the other.
-CONFIGS: list[Row] = [
-    (
-        {"rows": 16, "depth": 1024},
-        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3, "SPLIT": 3},
-    ),
-    (
-        {"rows": 16},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3, "SPLIT": 6},
-    ),
-    (
-        {"rows": 256},
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3, "SPLIT": 3},
-    ),
-    ({}, {"SPLIT": 0}),
-]
-
-# For compute capability 9.0 and half precision, measured on an H200 (Triton 3.6).
-HOPPER: list[Row] = [
-    (
-        {"rows": 16, "depth": 768},
-        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 1, "SPLIT": 3, "CHAINS": 4},
-    ),
-    (
-        {"rows": 16, "depth": 3072},
-        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 1024, "num_warps": 4, "num_stages": 1, "SPLIT": 3, "CHAINS": 4},
-    ),
-    (
-        {"rows": 16},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3, "SPLIT": 6},
-    ),
-    (
-        {"rows": 256, "depth": 1024},
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3, "SPLIT": 3},
-    ),
-    (
-        {"rows": 256},
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4, "SPLIT": 4},
-    ),
-    ({}, {"SPLIT": 0}),
-]
 
 
 def infer(inputs: Any, attrs: Any) -> tuple[Tensor, Tensor]:
@@ -161,24 +107,26 @@ def infer(inputs: Any, attrs: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(f"linear_norm: cast is {attrs.cast!r}, expected 'torch' for norm='layer'")
     shape = (*x.shape[:-1], columns)
     expect_shape("linear_norm", "residual", inputs.residual, shape, "the shape of y")
-    return Tensor(x.dtype, shape), Tensor(x.dtype, shape)
+    given = next((t for t in (inputs.residual, inputs.norm_weight, inputs.norm_bias) if t is not None), x)
+    if given.dtype not in (x.dtype, "float32"):
+        raise TypeError(f"linear_norm: residual and norm are {given.dtype}, expected {x.dtype} as x is, or float32")
+    return Tensor(given.dtype, shape), Tensor(given.dtype, shape)
 
 
 def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     x, columns = inputs.x, outputs.y.shape[-1]
-    rows, depth = product(x.shape[:-1]), x.shape[-1]
+    rows = product(x.shape[:-1])
     check_device("linear_norm", device, rows)
     check_vectors(inputs, "bias", "norm_weight", "norm_bias")
-    table = HOPPER if device.capability == 90 and x.dtype != "float32" else CONFIGS
-    config = dict(lookup(table, rows=rows, depth=depth))
-    left_to_vendor("linear_norm", device, x.dtype, config)
-    split = config.pop("SPLIT")
-    if not split or columns > JOINED_COLUMNS:
+    left_to_vendor("linear_norm", device, x.dtype)
+    product_inputs = linear_plan.bare(inputs)
+    config = linear_plan.config_of(product_inputs, columns, "none", device)
+    if rows > JOINED_ROWS or columns > JOINED_COLUMNS or "PINGPONG" in config:
         return one_after_the_other(inputs, outputs, attrs, device)
+    split = config.get("SPLIT", PARTS)
     pdl = dependent(device)
     parts = Scratch("float32", rows * columns * split)
-    own = SimpleNamespace(activation="none", transpose_weight=attrs.transpose_weight)
-    multiply = linear_layer.tile_launch(linear_inputs(inputs), parts, None, own, config, device, split)
+    multiply = linear_plan.tile_launch(product_inputs, parts, "none", attrs.transpose_weight, config, device, split)
     finish = Launch(
         sum_norm_kernel,
         grid=(rows if columns > 0 else 0,),
@@ -186,7 +134,7 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
             "parts_ptr": parts,
             "bias_ptr": inputs.bias,
             "residual_ptr": inputs.residual,
-            "stride_residual": linear_layer.residual_rows(inputs.residual),
+            "stride_residual": linear_plan.residual_rows(inputs.residual),
             "norm_weight_ptr": inputs.norm_weight,
             "norm_bias_ptr": inputs.norm_bias,
             "y_ptr": outputs.y,
@@ -200,7 +148,7 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
             "CAST": attrs.cast,
             "SPLIT": split,
             "PDL": pdl,
-            "EARLY": pdl and all(map(linear_layer.constant, (inputs.bias, inputs.norm_weight, inputs.norm_bias))),
+            "EARLY": pdl and all(map(linear_plan.constant, (inputs.bias, inputs.norm_weight, inputs.norm_bias))),
             "BLOCK": power_of_2(columns),
         },
         options={"num_warps": 4 if columns <= 1024 else 8, "launch_pdl": pdl},
@@ -208,21 +156,20 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     return [multiply, finish]
 
 
-def linear_inputs(inputs: Any) -> SimpleNamespace:
-    """The inputs of the linear layer as its own op names them."""
-    absent = dict.fromkeys(("weight_1", "bias_1", "weight_2", "bias_2"))
-    return SimpleNamespace(x=inputs.x, weight=inputs.weight, bias=inputs.bias, residual=inputs.residual, **absent)
-
-
 def one_after_the_other(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
-    """linear with the residual into the sum, then the norm of the sum."""
-    shape, dtype = outputs.y.shape, inputs.x.dtype
-    total = outputs.sum or Tensor(dtype, shape, contiguous_strides(shape))
-    place = outputs.sum or Scratch(dtype, product(shape))
+    """linear with the residual into the sum, then the norm of the sum; or, where the layer is computed in another dtype
+    than they have, linear, and then the norm, which adds."""
+    shape, mixed = outputs.y.shape, outputs.y.dtype != inputs.x.dtype
+    dtype, total = inputs.x.dtype, None if mixed else outputs.sum
+    place = total or Scratch(dtype, product(shape))
     own = SimpleNamespace(activation="none", transpose_weight=attrs.transpose_weight)
-    first = linear_layer.launches(linear_inputs(inputs), place, shape[-1], own, device)
-    norm_inputs = SimpleNamespace(x=total, weight=inputs.norm_weight, bias=inputs.norm_bias, residual=None)
-    norm_outputs = SimpleNamespace(y=outputs.y, sum=None)
+    layer = linear_plan.bare(inputs)
+    layer.bias, layer.residual = inputs.bias, None if mixed else inputs.residual
+    first = linear_plan.launches(layer, place, shape[-1], own, device)
+    x = total or Tensor(dtype, shape, contiguous_strides(shape))
+    residual = inputs.residual if mixed else None
+    norm_inputs = SimpleNamespace(x=x, weight=inputs.norm_weight, bias=inputs.norm_bias, residual=residual)
+    norm_outputs = SimpleNamespace(y=outputs.y, sum=outputs.sum if mixed else None)
     norm = layer_norm if attrs.norm == "layer" else rms_norm
     second = norm.plan(norm_inputs, norm_outputs, SimpleNamespace(eps=attrs.eps, cast=attrs.cast), device)
     return [*first, *(replace(launch, args={**launch.args, "x_ptr": place}) for launch in second)]
@@ -245,6 +192,7 @@ def linear_norm_reference(
 
     total = torch.nn.functional.linear(x, weight.t() if transpose_weight else weight, bias)
     total = total if residual is None else total + residual
+    total = total if norm_weight is None else total.to(norm_weight.dtype)
     if norm == "rms":
         return rms_norm.rms_norm_reference(total, norm_weight, None, eps=eps, cast=cast)[0], total
     return layer_norm.layer_norm_reference(total, norm_weight, norm_bias, None, eps=eps)[0], total
@@ -252,8 +200,11 @@ def linear_norm_reference(
 
 def body(g: Any, inputs: Any, attrs: Any) -> tuple[Any, Any]:
     total = g.MatMul(inputs.x, inputs.weight if attrs.transpose_weight else g.Transpose(inputs.weight, perm=[1, 0]))
-    for term in (inputs.bias, inputs.residual):
-        total = total if term is None else g.Add(total, term)
+    total = total if inputs.bias is None else g.Add(total, inputs.bias)
+    if g.types.get("R", g.types["T"]) != g.types["T"]:
+        total = g.cast(total, g.types["R"])
+        g.types = {**g.types, "T": g.types["R"]}  # what follows is all of that dtype
+    total = total if inputs.residual is None else g.Add(total, inputs.residual)
     norm = layer_norm if attrs.norm == "layer" else rms_norm
     given = SimpleNamespace(x=total, weight=inputs.norm_weight, bias=inputs.norm_bias, residual=None)
     return norm.body(g, given, SimpleNamespace(eps=attrs.eps, cast=attrs.cast))[0], total
@@ -266,18 +217,18 @@ linear_norm = Op(
         Input("x"),
         Input("weight"),
         Input("bias", optional=True),
-        Input("residual", optional=True),
-        Input("norm_weight", optional=True),
-        Input("norm_bias", optional=True),
+        Input("residual", "R", optional=True),
+        Input("norm_weight", "R", optional=True),
+        Input("norm_bias", "R", optional=True),
     ),
-    outputs=(Output("y"), Output("sum", optional=True)),
+    outputs=(Output("y", "R"), Output("sum", "R", optional=True)),
     attrs=(
         Attr("eps", "float"),
         Attr("norm", "string", choices=("layer", "rms")),
         Attr("cast", "string", "torch", choices=("torch", "llama", "gemma")),
         Attr("transpose_weight", "bool", False),
     ),
-    types={"T": ("float32", "float16", "bfloat16")},
+    types={"T": FLOATS, "R": FLOATS},
     infer=infer,
     plan=plan,
     reference=linear_norm_reference,

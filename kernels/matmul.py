@@ -12,11 +12,21 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from trimaran.kernels.contract import ALIGNMENT, ITEMSIZE, Decline, Device, Scratch, Tensor, readable
+from trimaran.kernels.configs import Row
+from trimaran.kernels.contract import ALIGNMENT, Decline, Device, Tensor, readable
 from trimaran.kernels.norms import spaced_rows
 from trimaran.kernels.sizes import differ
 
 MAX_ROWS = 2**30  # row numbers are int32
+
+# For any GPU: tiles that fit the 99 KiB of shared memory of the smallest (sm_86, sm_120). products: how many a program
+# sums side by side.
+CONFIGS: list[Row] = [
+    ({"rows": 16}, {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}),
+    ({"rows": 256}, {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}),
+    ({"products": 1}, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4}),
+    ({}, {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}),
+]
 
 
 @triton.jit
@@ -101,21 +111,20 @@ def check_device(op: str, device: Device, rows: Any) -> None:
         raise Decline(f"more than {MAX_ROWS} rows")
 
 
-def left_to_vendor(op: str, device: Device, dtype: str, config: Mapping[str, int]) -> None:
+def left_to_vendor(op: str, device: Device, dtype: str, config: Mapping[str, int] | None = None) -> None:
     """Decline what the vendor's library, and torch's kernels after it, do sooner: all of fp32, whose products tensor
-    cores do not compute, and the rows of a table that say so."""
+    cores do not compute, and the rows of a table that say so, but where nobody else would compute them."""
     if device.type == "cuda" and dtype == "float32":
         raise Decline(f"{op} in fp32 is slower than the vendor's")
-    if config.get("DECLINE"):
+    if device.fallback and config and config.get("DECLINE"):
         raise Decline(f"{op} of these sizes is slower than the vendor's")
 
 
-def descriptors_fit(x: Tensor, weights: Sequence[Tensor], out: Tensor | Scratch, transpose: bool) -> bool:
-    """Whether the hardware's tensor descriptors can move these: every row starts on a multiple of 16 bytes, and so does
-    what each weight makes of the output."""
-    steps = [(x, matrix_rows("x", x))]
+def whole_vectors(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether there is something to copy, and every row starts, and ends, on a whole vector: what is copied past the
+    registers wants that."""
+    steps = [x.shape[-1], matrix_rows("x", x)]
     for weight in weights:
-        columns = weight.shape[1 if transpose else 0]
-        steps += [(weight, number) for number in (weight_rows("weight", weight), columns, weight.offset)]
-    aligned = isinstance(out, Scratch) or out.aligned
-    return aligned and all(t.aligned and step * ITEMSIZE[t.dtype] % ALIGNMENT == 0 for t, step in steps)
+        steps += [weight.shape[1], weight.strides[0], weight.offset]
+    there = all(tensor.aligned and bool(size > 0) for tensor in (x, *weights) for size in tensor.shape[-2:])
+    return there and all(bool(step % ALIGNMENT == 0) for step in steps)

@@ -41,12 +41,13 @@ def row_starts(row, size1, size2, stride0, stride1, stride2, DIMENSIONS: tl.cons
 
 @triton.jit
 def load_total(x_ptr, residual_ptr, mask):
-    """A tile of x, plus that of the residual where there is one, in fp32 but rounded to their dtype; 0 outside."""
+    """A tile of x, plus that of the residual where there is one, in fp32 but rounded to the residual's dtype; 0
+    outside."""
     x = tl.load(x_ptr, mask=mask, other=0.0)
     total = x.to(tl.float32)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr, mask=mask, other=0.0)
-        total = (total + residual.to(tl.float32)).to(x.dtype).to(tl.float32)
+        total = (total + residual.to(tl.float32)).to(residual.dtype).to(tl.float32)
     return total
 
 

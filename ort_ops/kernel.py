@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ class Kernel:
     def __init__(self, variant: Variant, node: Node) -> None:
         self.variant, self.node = variant, node
         self.label = f"{variant.label}, node {node.name!r}"
-        self.device = INTERPRETER if variant.provider == CPU else driver(node.device_index).device
+        device = INTERPRETER if variant.provider == CPU else driver(node.device_index).device
+        self.device = replace(device, fallback=False)  # a node has no second way once the session stands
         self.executor: Executor = _interpreter() if variant.provider == CPU else driver(node.device_index)
 
     def compute(self, context: int) -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimaran.kernels.folders import cache_folder
+
 SOURCE = Path(__file__).with_name("hot_path.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=c11", "-O2", "-fwrapv", "-fPIC", "-shared", "-s", "-pthread")
@@ -80,12 +82,7 @@ def _prebuilt() -> tuple[Path, str]:
 
 def _kept() -> tuple[Path, str]:
     """In the user's cache, compiled into it where it is not there yet."""
-    try:
-        home = Path.home()
-    except RuntimeError as error:
-        raise OSError(f"no home folder: {error}") from error
-    folder = own_folder(home / ".cache" / "trimaran")
-    path = folder / file_name()
+    path = cache_folder() / file_name()
     if not path.exists():
         compile_to(path)
     return path, f"compiled, {path}"
@@ -98,16 +95,6 @@ def _fresh() -> tuple[Path, str]:
         compiler = compile_to(path)
         _load(path)
     return path, f"compiled by {compiler} for this process alone"
-
-
-def own_folder(path: Path) -> Path:
-    """The folder, made where it is missing. OSError where others than this user might write into it: what lies there
-    is loaded as code."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = path.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise OSError(f"{path} is not a folder of this user's alone (mode 700)")
-    return path
 
 
 @functools.cache

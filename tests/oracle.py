@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
 import torch
 
 from trimaran.kernels.interpreter import interpret
 from trimaran.torch_path import ops
 
 ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+ON_GPU = pytest.mark.gpu
+# Where, and of what dtype, linear layers are tested: on a GPU their plans decline fp32.
+LINEAR_PLACES = [
+    *(("cpu", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+    *(pytest.param("cuda", dtype, marks=ON_GPU) for dtype in (torch.float16, torch.bfloat16)),
+]
+EXACT_PLACES = [("cpu", torch.float32), pytest.param("cuda", torch.float16, marks=ON_GPU)]  # the most exact of each
 LARGE = 100_000  # elements from which error statistics are stable
 
 

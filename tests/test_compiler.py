@@ -78,8 +78,10 @@ def test_every_op_compiles_and_fits(capability, dtype):
         binary = compile_launch(launch, capability)
         assert binary.cubin.startswith(b"\x7fELF")
         assert binary.shared <= SHARED_MEMORY[capability] * 1024, (launch.kernel.fn.__name__, launch.constexprs)
-        specialized = launch.constexprs.get("SPECIALIZE", False)  # there the compiler adds warps
-        assert binary.threads == 32 * launch.options["num_warps"] * (3 if specialized else 1)
+        own = 32 * launch.options["num_warps"]
+        assert binary.threads == own or (
+            binary.threads > own and launch.kernel.is_gluon()
+        )  # its fetching warps come on top
         assert compile_launch(launch, capability) is binary
 
 

@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import assert_close, run_kernel, widened
+from oracle import EXACT_PLACES, LINEAR_PLACES, assert_close, run_kernel, widened
 
 from trimaran.kernels import gated_linear as module
 from trimaran.kernels.activations import ACTIVATIONS
+from trimaran.kernels.compiler import compile_launch
 from trimaran.kernels.contract import Device, Tensor
 from trimaran.kernels.gated_linear import gated_linear, gated_linear_reference
 from trimaran.kernels.interpreter import interpret
@@ -16,7 +17,7 @@ from trimaran.kernels.plans import PlanCache, make_plan
 from trimaran.kernels.sizes import contiguous_strides
 from trimaran.torch_path.ops import TORCH_OPS
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HOPPER = Device("cuda", 0, 90, 132, 227 * 1024)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 run = partial(run_kernel, "gated_linear")
 NAMES = [port.name for port in gated_linear.inputs]
@@ -24,10 +25,7 @@ NAMES = [port.name for port in gated_linear.inputs]
 
 @pytest.fixture(autouse=True)
 def kernels_alone(request, monkeypatch):
-    """The kernels are tested also where the vendor's are faster, but in fp32 on a GPU, where they are never chosen."""
-    given = getattr(request.node, "callspec", None)
-    if given and given.params.get("device") == "cuda" and given.params.get("dtype") == torch.float32:
-        pytest.skip("a plan for a GPU declines fp32")
+    """The kernels are tested also where the vendor's are faster."""
     if "declined" not in request.node.name:
         monkeypatch.setattr(module, "left_to_vendor", lambda *_: None)
 
@@ -55,8 +53,7 @@ def check(inputs, activation="silu", **attrs):
     return got
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), LINEAR_PLACES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 64), (2, 5, 72), (100, 33), (300, 128)])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_shapes(device, dtype, shape, chunked):
@@ -73,66 +70,85 @@ def test_chunked_forms(device, transpose, gate, bias, columns):
     check(inputs, "gelu", transpose_weight=transpose, gate=gate)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "dtype"), EXACT_PLACES, ids=str)
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("present", [(True, False), (False, True)])
-def test_one_bias(device, transpose, present):
-    x, gate, up, *biases = tensors(device, torch.float32, (7, 48), 24, transpose=transpose)
+def test_one_bias(device, dtype, transpose, present):
+    x, gate, up, *biases = tensors(device, dtype, (7, 48), 24, transpose=transpose)
     kept = [bias if here else None for bias, here in zip(biases, present, strict=True)]
     check([x, gate, up, *kept], transpose_weight=transpose)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "dtype"), EXACT_PLACES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(device, activation):
-    check(tensors(device, torch.float32, (20, 64), 48), activation)
+def test_activations(device, dtype, activation):
+    check(tensors(device, dtype, (20, 64), 48), activation)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), LINEAR_PLACES, ids=str)
 def test_many_elements_have_pytorchs_own_error(device, dtype):
     check(tensors(device, dtype, (320, 256), 384, bias=False))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "dtype"), EXACT_PLACES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (7,)])
-def test_empty_and_odd_ranks(device, shape):
-    assert check(tensors(device, torch.float32, shape, 12)).shape == (*shape[:-1], 12)
+def test_empty_and_odd_ranks(device, dtype, shape):
+    assert check(tensors(device, dtype, shape, 12)).shape == (*shape[:-1], 12)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+ON_HOPPER = {
+    "few rows, the depth at once": {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "STAGES": 4},
+    "few rows, in a ring": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "STAGES": 2},
+    "many rows, together": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 3, "PINGPONG": 0},
+    "many rows, by turns": {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "STAGES": 3, "PINGPONG": 1},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ON_HOPPER)
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("columns", [40, 44])  # rows of 44 are not whole vectors: the plain kernel takes them
-def test_blocks_by_descriptor(device, monkeypatch, transpose, chunked, columns):
-    tile = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2, "PER_SM": 2}
-    plain = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32}
-    monkeypatch.setattr(module, "CONFIGS", [({"columns": 43}, tile), ({}, plain)])
-    monkeypatch.setattr(module, "HOPPER", [({}, tile)])
+@pytest.mark.parametrize("depth", [16, 208])
+def test_on_hopper(monkeypatch, kind, transpose, chunked, depth):
+    """The kernels that only Hopper has, which the interpreter cannot run."""
+    monkeypatch.setattr(module, "HOPPER", [({}, ON_HOPPER[kind])])
     monkeypatch.setattr(TORCH_OPS["gated_linear"], "plans", PlanCache(gated_linear))
-    inputs = tensors(device, torch.float16, (2, 75, 72), columns, chunked=chunked, transpose=transpose)
-    check(inputs, transpose_weight=transpose)
+    for rows, columns in ((21, 80), (150, 272), (4000, 1040)):
+        inputs = tensors("cuda", torch.float16, (rows, depth), columns, chunked=chunked, transpose=transpose)
+        check(inputs, transpose_weight=transpose)
 
 
-def test_what_no_descriptor_can_move_has_another_kernel():
-    x, weight, odd = matrix(4096, 64), matrix(512, 64), matrix(508, 64)
-    device, attrs = Device("cuda", 0, 90, 132, 227 * 1024), gated_linear.attributes({"activation": "silu"})
+def kernel(*inputs, device=HOPPER):
+    padded = [*inputs, *[None] * (len(NAMES) - len(inputs))]
+    attrs = gated_linear.attributes({"activation": "silu"})
+    return make_plan(gated_linear, padded, attrs, device, (True,)).launches[0]
 
-    def kernel(*inputs):
-        padded = [*inputs, *[None] * (len(NAMES) - len(inputs))]
-        return make_plan(gated_linear, padded, attrs, device, (True,)).launches[0].kernel.fn.__name__
 
-    assert kernel(x, weight, weight) == "gated_linear_tma_kernel"
-    assert kernel(x, odd, odd) == "gated_linear_kernel"
-    assert kernel(matrix(4096, 60), matrix(512, 60)) == "gated_linear_kernel"
-    assert kernel(x, matrix(1020, 64)) == "gated_linear_kernel", "the second half starts between vectors of the output"
-    assert kernel(matrix(4096, 64, aligned=False), weight) == "gated_linear_kernel"
+def test_which_kernel():
+    weight = matrix(512, 64)
+    for x, weights, name in (
+        (matrix(4, 64), (weight, weight), "gated_linear_few_kernel"),
+        (matrix(4096, 64), (weight, weight), "gated_linear_many_kernel"),
+        (matrix(4096, 60), (matrix(512, 60),), "gated_linear_kernel"),
+        (matrix(4096, 64, aligned=False), (weight,), "gated_linear_kernel"),
+    ):
+        assert kernel(x, *weights).kernel.fn.__name__ == name
+    assert kernel(matrix(4, 64), weight, device=Device("cuda", 0, 80, 108, 163 * 1024)).kernel.fn.__name__ == (
+        "gated_linear_kernel"
+    )
+
+
+@pytest.mark.parametrize("rows", [4, 4096])
+def test_compiles_for_hopper(rows):
+    launch = kernel(matrix(rows, 64), matrix(512, 64))
+    assert compile_launch(launch, 90).shared <= HOPPER.shared_memory
 
 
 def reason(inputs, device=None):
-    where = device or Device("cuda", 0, 90, 132, 227 * 1024)
     padded = [*inputs, *[None] * (len(NAMES) - len(inputs))]
-    return make_plan(gated_linear, padded, gated_linear.attributes({"activation": "silu"}), where, (True,)).declined
+    return make_plan(
+        gated_linear, padded, gated_linear.attributes({"activation": "silu"}), device or HOPPER, (True,)
+    ).declined
 
 
 def matrix(*shape, strides=None, **facts):

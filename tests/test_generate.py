@@ -16,6 +16,8 @@ from transformers import (
 
 import trimaran
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 MODELS = {
     "t5": (T5ForConditionalGeneration, T5Config, T5),
     "gpt2": (
@@ -29,11 +31,6 @@ MODELS = {
 ATTENTIONS = {"t5": 4, "gpt2": 2, "llama": 2, "whisper": 4}  # of a decoding step
 EVERY = [(name, cache, beams) for name in MODELS for cache in ("dynamic", "static") for beams in (1, 3)]
 CHOSEN = [("t5", "dynamic", 3), ("gpt2", "static", 1), ("llama", "dynamic", 1), ("whisper", "static", 3)]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

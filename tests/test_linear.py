@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import assert_close, run_kernel, widened
+from oracle import EXACT_PLACES, LINEAR_PLACES, assert_close, run_kernel, widened
 
 from trimaran.kernels import linear as module
+from trimaran.kernels import linear_plan
 from trimaran.kernels.activations import ACTIVATIONS
 from trimaran.kernels.compiler import compile_launch
 from trimaran.kernels.contract import INTERPRETER, Device, Tensor
@@ -16,7 +17,7 @@ from trimaran.kernels.plans import PlanCache, make_plan
 from trimaran.kernels.sizes import contiguous_strides
 from trimaran.torch_path.ops import TORCH_OPS
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HOPPER = Device("cuda", 0, 90, 132, 227 * 1024)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 run = partial(run_kernel, "linear")
 NAMES = [port.name for port in linear.inputs]
@@ -24,10 +25,7 @@ NAMES = [port.name for port in linear.inputs]
 
 @pytest.fixture(autouse=True)
 def kernels_alone(request, monkeypatch):
-    """The kernels are tested also where the vendor's are faster, but in fp32 on a GPU, where they are never chosen."""
-    given = getattr(request.node, "callspec", None)
-    if given and given.params.get("device") == "cuda" and given.params.get("dtype") == torch.float32:
-        pytest.skip("a plan for a GPU declines fp32")
+    """The kernels are tested also where the vendor's are faster."""
     if "declined" not in request.node.name:
         monkeypatch.setattr(module, "left_to_vendor", lambda *_: None)
 
@@ -43,7 +41,7 @@ def tensors(device, dtype, shape, columns, *, bias=True, residual=False, transpo
     columns = columns if isinstance(columns, tuple) else (columns,)
     biases = bias if isinstance(bias, tuple) else (bias,) * len(columns)
     found = {"x": draw(device, dtype, *shape)}
-    for part, width, biased in zip(module.PARTS, columns, biases, strict=False):
+    for part, width, biased in zip(linear_plan.PARTS, columns, biases, strict=False):
         size = (depth, width) if transpose else (width, depth)
         found[f"weight{part}"] = draw(device, dtype, *size, scale=max(depth, 1) ** -0.5)
         found[f"bias{part}"] = draw(device, dtype, width) if biased else None
@@ -64,26 +62,38 @@ def check(inputs, **attrs):
 
 @pytest.fixture
 def tile(monkeypatch):
-    """Plans take this tile, whatever the sizes."""
+    """Plans take this row of the tables, whatever the sizes."""
 
     def choose(**config):
-        tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-        monkeypatch.setattr(module, "CONFIGS", [({}, tiles | config)])
-        monkeypatch.setattr(module, "HOPPER", [({}, tiles | config)])
+        monkeypatch.setattr(linear_plan, "HOPPER", [({}, config)])
+        if "STAGES" not in config:  # a row of Hopper's alone
+            monkeypatch.setattr(linear_plan, "CONFIGS", [({}, config)])
         monkeypatch.setattr(TORCH_OPS["linear"], "plans", PlanCache(linear))
 
     return choose
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+FEW = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}
+MANY = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 3}
+ON_HOPPER = {
+    "few rows, the depth at once": {**FEW, "STAGES": 4},
+    "few rows, in a ring": {**FEW, "STAGES": 2},
+    "few rows, eight warps": {**FEW, "BLOCK_M": 128, "BLOCK_N": 128, "STAGES": 3, "num_warps": 8},
+    "few rows, in parts": {**FEW, "STAGES": 1, "SPLIT": 3},
+    "many rows, by turns": {**MANY, "REST_N": 64, "PINGPONG": 1},
+    "many rows, together": {**MANY, "REST_N": 64, "PINGPONG": 0},
+    "many rows, one product": {**MANY, "REST_N": 0, "PINGPONG": 1},
+}
+
+
+@pytest.mark.parametrize(("device", "dtype"), LINEAR_PLACES, ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 16, 100, 300])
 def test_any_number_of_rows(device, dtype, rows):
     check(tensors(device, dtype, (rows, 72), 40, residual=True), activation="gelu")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), LINEAR_PLACES, ids=str)
 @pytest.mark.parametrize(("depth", "columns"), [(1, 1), (3, 5), (64, 1), (1, 64), (129, 257), (768, 96), (1024, 33)])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_any_depth_and_width(device, dtype, depth, columns, transpose):
@@ -91,18 +101,17 @@ def test_any_depth_and_width(device, dtype, depth, columns, transpose):
     check(inputs, transpose_weight=transpose)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), LINEAR_PLACES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_activations(device, dtype, activation, bias):
     check(tensors(device, dtype, (5, 64), 48, bias=bias), activation=activation)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "dtype"), EXACT_PLACES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_far_from_zero(device, activation):
-    x, weight, *_ = tensors(device, torch.float32, (5, 64), 48, bias=False)
+def test_activations_far_from_zero(device, dtype, activation):
+    x, weight, *_ = tensors(device, dtype, (5, 64), 48, bias=False)
     check([x * 50, weight], activation=activation)
     check([x * 1e-3, weight], activation=activation)
 
@@ -120,68 +129,74 @@ def test_weights_side_by_side(device, columns, transpose, bias):
 @pytest.mark.parametrize("split", [2, 3, 5])
 @pytest.mark.parametrize("depth", [64, 200])
 def test_a_depth_in_parts(device, tile, split, depth):
-    tile(SPLIT=split)
+    tile(**SMALL, SPLIT=split)
     inputs = tensors(device, torch.float16, (2, 13, depth), 300, residual=True)
     check(inputs, activation="gelu_tanh")
     check([inputs[0], inputs[1]])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("depth", [0, 32, 64, 80, 96, 200])
-@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ON_HOPPER)
+@pytest.mark.parametrize("depth", [0, 16, 208, 256])
+@pytest.mark.parametrize("columns", [80, (64, 16, 272)])
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("constant", [False, True])
-def test_chains(device, tile, depth, split, transpose, constant):
-    """Several sums at once, where a part of the depth is one block; constant weights are read early on Hopper."""
-    tile(BLOCK_K=64, SPLIT=split, CHAINS=4)
-    inputs = tensors(device, torch.float16, (2, 13, depth), (48, 16) if split == 1 else 40, transpose=transpose)
-    inputs[3] = draw(device, torch.float16, 2, 13, 64 if split == 1 else 40)
-    if constant:
-        kept = (0, 3)
-        inputs = [t if t is None or i in kept else torch.nn.Parameter(t) for i, t in enumerate(inputs)]
-    with torch.no_grad():
+def test_on_hopper(tile, kind, depth, columns, transpose):
+    """The kernels that only Hopper has, which the interpreter cannot run."""
+    tile(**ON_HOPPER[kind])
+    for rows in (1, 21, 150):
+        inputs = tensors("cuda", torch.float16, (rows, depth), columns, residual=True, transpose=transpose)
         check(inputs, activation="gelu", transpose_weight=transpose)
+        bare = tensors("cuda", torch.bfloat16, (rows, depth), columns, bias=False, transpose=transpose)
+        check(bare, transpose_weight=transpose)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ON_HOPPER)
+def test_tiles_take_turns_on_hopper(tile, kind):
+    """More tiles than a GPU has multiprocessors, and more than once around the ring."""
+    tile(**ON_HOPPER[kind])
+    inputs = tensors("cuda", torch.float16, (4000, 448), (400, 1040), residual=True)
+    check(inputs, activation="gelu")
+    constant = [t if t is None or i in (0, 3) else torch.nn.Parameter(t) for i, t in enumerate(inputs)]
+    with torch.no_grad():
+        assert torch.equal(run(*constant, activation="gelu"), run(*inputs, activation="gelu"))
+
+
+@pytest.mark.parametrize("kind", ["few rows, in a ring", "many rows, by turns"])
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("halves", [0, 1])
-@pytest.mark.parametrize("columns", [40, (64, 8, 80)])
-def test_blocks_by_descriptor(device, tile, transpose, halves, columns):
-    tile(BLOCK_M=64, BLOCK_N=32, PER_SM=2, HALVES=halves)
-    inputs = tensors(device, torch.float16, (2, 75, 72), columns, residual=True, transpose=transpose)
-    check(inputs, activation="gelu", transpose_weight=transpose)
-    check(
-        tensors(device, torch.float16, (2, 75, 72), columns, bias=False, transpose=transpose),
-        transpose_weight=transpose,
-    )
+def test_compiles_for_hopper(tile, kind, transpose):
+    tile(**ON_HOPPER[kind])
+    weight, bias = matrix(64, 64), matrix(64)
+    inputs = [matrix(40, 64), weight, bias, None, weight, None, weight, bias]
+    (launch,) = make_plan(linear, inputs, linear.attributes({"transpose_weight": transpose}), HOPPER, (True,)).launches
+    assert launch.kernel.fn.__name__ == ("linear_few_kernel" if "few" in kind else "linear_many_kernel")
+    assert compile_launch(launch, 90).shared <= HOPPER.shared_memory
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), LINEAR_PLACES, ids=str)
 def test_many_elements_have_pytorchs_own_error(device, dtype):
     check(tensors(device, dtype, (320, 384), 384, residual=True), activation="gelu")
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "dtype"), EXACT_PLACES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (7,), (1, 1, 1, 8)])
-def test_empty_and_odd_ranks(device, shape):
-    assert check(tensors(device, torch.float32, shape, 12)).shape == (*shape[:-1], 12)
+def test_empty_and_odd_ranks(device, dtype, shape):
+    assert check(tensors(device, dtype, shape, 12)).shape == (*shape[:-1], 12)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_nothing_to_sum_and_no_columns(device):
-    x, weight, bias = (torch.ones(size, device=device) for size in ((3, 0), (4, 0), (4,)))
-    assert torch.equal(run(x, weight, bias), torch.ones(3, 4, device=device))
-    assert run(torch.ones(3, 8, device=device), torch.ones(0, 8, device=device)).shape == (3, 0)
+@pytest.mark.parametrize(("device", "dtype"), EXACT_PLACES, ids=str)
+def test_nothing_to_sum_and_no_columns(device, dtype):
+    ones = partial(torch.ones, device=device, dtype=dtype)
+    assert torch.equal(run(ones(3, 0), ones(4, 0), ones(4)), ones(3, 4))
+    assert run(ones(3, 8), ones(0, 8)).shape == (3, 0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_rows_anywhere_in_memory(device):
-    x, weight, bias, residual, *_ = tensors(device, torch.float32, (2, 6, 64), 48, residual=True)
-    wide = torch.zeros(2, 6, 100, device=device)
+@pytest.mark.parametrize(("device", "dtype"), EXACT_PLACES, ids=str)
+def test_rows_anywhere_in_memory(device, dtype):
+    x, weight, bias, residual, *_ = tensors(device, dtype, (2, 6, 64), 48, residual=True)
+    wide = torch.zeros(2, 6, 100, device=device, dtype=dtype)
     wide[..., 7:71] = x  # evenly spaced, and not aligned to 16 bytes
-    large = torch.zeros(48, 90, device=device)
+    large = torch.zeros(48, 90, device=device, dtype=dtype)
     large[:, 3:67] = weight
     check([wide[..., 7:71], large[:, 3:67], bias, residual.repeat(1, 1, 2)[..., 48:]])
     check([x[:, 0], weight, bias, residual[:, 1]])  # of each sequence the first
@@ -189,9 +204,8 @@ def test_rows_anywhere_in_memory(device):
 
 
 def declined(inputs, device=None, **attrs):
-    where = device or Device("cuda", 0, 90, 132, 227 * 1024)
     padded = [*inputs, *[None] * (len(NAMES) - len(inputs))]
-    return make_plan(linear, padded, linear.attributes(attrs), where, (True,)).declined
+    return make_plan(linear, padded, linear.attributes(attrs), device or HOPPER, (True,)).declined
 
 
 def matrix(*shape, strides=None, dtype="float16", **facts):
@@ -219,9 +233,16 @@ def test_what_the_vendor_does_sooner_is_declined():
     assert declined([x, weight, bias, x]) is None
     assert declined([x, weight, bias, None, weight, bias]) is None, "torch has no product of several weights"
     assert declined([matrix(128, 768), weight, bias]) is None
-    assert declined([matrix(4096, 3072), matrix(768, 3072), bias, x]) == slower
+    deep, residual = matrix(768, 3072), matrix(6304, 768)
+    assert declined([matrix(6304, 3072), deep, bias, residual]) == slower, "the last of two waves is half empty"
+    assert declined([matrix(4096, 3072), deep, bias, x]) is None
+    assert declined([matrix(1000, 3072), deep, bias, matrix(1000, 768)]) == slower
     inputs = [matrix(4, 32, dtype="float32"), matrix(16, 32, dtype="float32")]
     assert declined(inputs) == "linear in fp32 is slower than the vendor's"
+    alone = Device("cuda", 0, 90, 132, 232448, fallback=False)
+    assert declined(inputs, alone) == "linear in fp32 is slower than the vendor's"
+    few, residual = matrix(1000, 3072), matrix(1000, 768)
+    assert declined([few, deep, bias, residual], alone) is None, "a node of ONNX Runtime has no second way"
     assert declined(inputs, INTERPRETER) is None
 
 
@@ -252,9 +273,9 @@ def test_wrong_inputs_are_refused(inputs, attrs, error, message, interpreted):
         torch.ops.trimaran.linear(*(given.get(name) for name in NAMES), **attrs)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_nan_stays_in_its_row(device):
-    inputs = tensors(device, torch.float32, (20, 40), 24)
+@pytest.mark.parametrize(("device", "dtype"), EXACT_PLACES, ids=str)
+def test_nan_stays_in_its_row(device, dtype):
+    inputs = tensors(device, dtype, (20, 40), 24)
     inputs[0][3, 7] = float("nan")
     got = run(*inputs, activation="relu")
     assert got.isnan().any(1).nonzero().flatten().tolist() == [3]
@@ -263,7 +284,7 @@ def test_nan_stays_in_its_row(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_same_input_same_bits(device, tile):
-    tile(SPLIT=4)
+    tile(**SMALL, SPLIT=4)
     inputs = tensors(device, torch.float16, (20, 512), 48)
     first = run(*inputs)
     assert all(torch.equal(run(*inputs), first) for _ in range(3))
@@ -271,18 +292,30 @@ def test_same_input_same_bits(device, tile):
 
 def test_only_constant_weights_are_read_early():
     x, weight, constant = matrix(4, 64), matrix(16, 64), matrix(16, 64, constant=True)
-    hopper = Device("cuda", 0, 90, 132, 227 * 1024)
-    for weights, capability, early in (
-        ((constant,), 90, True),
-        ((weight,), 90, False),
-        ((constant, None, None, weight), 90, False),
-        ((constant, None, None, constant), 90, True),
-        ((constant,), 80, False),
+    for weights, early in (
+        ((constant,), True),
+        ((weight,), False),
+        ((constant, None, None, weight), False),
+        ((constant, None, None, constant), True),
     ):
         inputs = [x, *weights, *[None] * (7 - len(weights))]
-        device = hopper if capability == 90 else Device("cuda", 0, 80, 108, 163 * 1024)
-        launch = make_plan(linear, inputs, linear.attributes({}), device, (True,)).launches[0]
+        launch = make_plan(linear, inputs, linear.attributes({}), HOPPER, (True,)).launches[0]
         assert launch.constexprs["EARLY"] == early
-        assert launch.constexprs["PDL"] == launch.options["launch_pdl"] == (capability == 90)
-        cubin = compile_launch(launch, capability).cubin
-        assert cubin.startswith(b"\x7fELF")
+        assert launch.constexprs["PDL"]
+        assert launch.options["launch_pdl"]
+
+
+def test_what_is_no_whole_vector_has_the_kernel_of_any_gpu():
+    def kernel(*inputs, device=HOPPER, **attrs):
+        padded = [*inputs, *[None] * (len(NAMES) - len(inputs))]
+        return make_plan(linear, padded, linear.attributes(attrs), device, (True,)).launches[0].kernel.fn.__name__
+
+    x, weight = matrix(4, 64), matrix(40, 64)
+    assert kernel(x, weight) == kernel(x, matrix(33, 64)) == "linear_few_kernel"
+    assert kernel(x, weight, device=Device("cuda", 0, 80, 108, 163 * 1024)) == "linear_kernel"
+    assert kernel(matrix(4, 60), matrix(40, 60)) == "linear_kernel"
+    assert kernel(matrix(4, 64, strides=(72, 1)), weight) == "linear_kernel"
+    assert kernel(x, matrix(40, 64, strides=(72, 1))) == "linear_kernel"
+    assert kernel(matrix(4, 64, aligned=False), weight) == "linear_kernel"
+    assert kernel(x, weight, None, None, matrix(40, 64, aligned=False)) == "linear_kernel"
+    assert kernel(x, matrix(64, 33), transpose_weight=True) == "linear_kernel"

@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import assert_close, run_kernel, widened
+from oracle import EXACT_PLACES, LINEAR_PLACES, assert_close, run_kernel, widened
 
 from trimaran.kernels import linear_norm as module
+from trimaran.kernels import linear_plan
 from trimaran.kernels.contract import Device, Tensor
 from trimaran.kernels.interpreter import interpret
 from trimaran.kernels.linear_norm import linear_norm, linear_norm_reference
@@ -14,27 +15,24 @@ from trimaran.kernels.plans import PlanCache, make_plan
 from trimaran.kernels.sizes import contiguous_strides
 from trimaran.torch_path.ops import TORCH_OPS
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 run = partial(run_kernel, "linear_norm")
 NAMES = [port.name for port in linear_norm.inputs]
-SPLIT = {"SPLIT": 3, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-TABLES = {"joined": [({}, SPLIT)], "one after the other": [({}, {"SPLIT": 0})]}
+TILE = {"SPLIT": 3, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+JOINED_ROWS = {"joined": module.JOINED_ROWS, "one after the other": 0}
 
 
 @pytest.fixture(autouse=True)
 def kernels_alone(request, monkeypatch):
-    """The kernels are tested also where the vendor's are faster, but in fp32 on a GPU, where they are never chosen."""
-    given = getattr(request.node, "callspec", None)
-    if given and given.params.get("device") == "cuda" and given.params.get("dtype") == torch.float32:
-        pytest.skip("a plan for a GPU declines fp32")
+    """The kernels are tested also where the vendor's are faster."""
     if "declined" not in request.node.name:
         monkeypatch.setattr(module, "left_to_vendor", lambda *_: None)
 
 
-@pytest.fixture(params=TABLES)
+@pytest.fixture(params=JOINED_ROWS)
 def table(request, monkeypatch):
-    monkeypatch.setattr(module, "CONFIGS", TABLES[request.param])
+    monkeypatch.setattr(module, "JOINED_ROWS", JOINED_ROWS[request.param])
+    monkeypatch.setattr(linear_plan, "CONFIGS", [({}, TILE)])
     monkeypatch.setattr(TORCH_OPS["linear_norm"], "plans", PlanCache(linear_norm))
     return request.param
 
@@ -68,8 +66,7 @@ def check(inputs, norm="layer", return_sum=True, **attrs):
     return y, total
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), LINEAR_PLACES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 64), (2, 5, 72), (40, 200)])
 @pytest.mark.parametrize("columns", [1, 48, 130])
 def test_shapes(device, dtype, shape, columns, table):
@@ -85,10 +82,22 @@ def test_rms(device, cast, residual, table):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_under_autocast(device, dtype, norm, residual, table):
+    """The layer in half precision, everything after it in fp32."""
+    inputs = tensors(device, torch.float32, (9, 64), 96, residual=residual, norm_bias=norm == "layer")
+    inputs[:3] = (tensor.to(dtype) for tensor in inputs[:3])
+    y, total = check(inputs, norm)
+    assert y.dtype == total.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("device", "dtype"), EXACT_PLACES, ids=str)
 @pytest.mark.parametrize("absent", ["bias", "residual", "weight", "norm_bias"])
 @pytest.mark.parametrize("return_sum", [False, True])
-def test_without(device, absent, return_sum, table):
-    check(tensors(device, torch.float32, (9, 64), 96, **{absent: False}), return_sum=return_sum)
+def test_without(device, dtype, absent, return_sum, table):
+    check(tensors(device, dtype, (9, 64), 96, **{absent: False}), return_sum=return_sum)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -96,11 +105,7 @@ def test_transposed_weight(device, table):
     check(tensors(device, torch.float16, (9, 64), 96, transpose=True), transpose_weight=True)
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype"),
-    [("cpu", torch.float16), *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in DTYPES)],
-    ids=str,
-)
+@pytest.mark.parametrize(("device", "dtype"), LINEAR_PLACES[1:], ids=str)
 def test_many_elements_have_pytorchs_own_error(device, dtype, table):
     check(tensors(device, dtype, (280, 96), 384), return_sum=False)
 
@@ -114,19 +119,26 @@ def test_the_norm_is_of_the_sum_that_is_returned(device, table):
     assert_close(y, exact, peer)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "dtype"), EXACT_PLACES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (7,)])
-def test_empty_and_odd_ranks(device, shape, table):
-    y, total = check(tensors(device, torch.float32, shape, 12))
+def test_empty_and_odd_ranks(device, dtype, shape, table):
+    y, total = check(tensors(device, dtype, shape, 12))
     assert y.shape == total.shape == (*shape[:-1], 12)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_spaced_residual(device, table):
-    x, weight, bias, residual, *rest = tensors(device, torch.float32, (6, 64), 48)
-    wide = torch.zeros(6, 100, device=device)
+@pytest.mark.parametrize(("device", "dtype"), EXACT_PLACES, ids=str)
+def test_a_spaced_residual(device, dtype, table):
+    x, weight, bias, residual, *rest = tensors(device, dtype, (6, 64), 48)
+    wide = torch.zeros(6, 100, device=device, dtype=dtype)
     wide[:, 5:53] = residual
     check([x, weight, bias, wide[:, 5:53], *rest])
+
+
+def test_other_dtypes_do_not_mix():
+    inputs = [t.half() for t in tensors("cpu", torch.float32, (9, 64), 96)]
+    inputs[3:] = (t.bfloat16() for t in inputs[3:])
+    with pytest.raises(TypeError, match="residual and norm are bfloat16, expected float16 as x is, or float32"):
+        torch.ops.trimaran.linear_norm(*inputs, eps=1e-5, norm="layer")
 
 
 def planned(shape, columns, dtype="float16", **facts):
@@ -140,7 +152,7 @@ def planned(shape, columns, dtype="float16", **facts):
 
 def test_few_rows_are_summed_where_they_are_normalized():
     names = [launch.kernel.fn.__name__ for launch in planned((16, 3072), 768).launches]
-    assert names == ["linear_kernel", "sum_norm_kernel"]
+    assert names == ["linear_few_kernel", "sum_norm_kernel"]
     names = [launch.kernel.fn.__name__ for launch in planned((4096, 3072), 768).launches]
     assert names[-1] == "layer_norm_kernel"
     assert len(planned((16, 3072), 768).scratch) == 1

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from trimaran.kernels.folders import own_folder
 from trimaran.ort_ops import native as module
 from trimaran.ort_ops.native import COMPILERS, FLAGS, SOURCE, compile_to, file_name
 
@@ -108,7 +109,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_compiler
 def test_a_kept_file_that_is_broken_is_not_used(tmp_path: Path) -> None:
-    folder = module.own_folder(tmp_path / "home" / ".cache" / "trimaran")
+    folder = own_folder(tmp_path / "home" / ".cache" / "trimaran")
     (folder / file_name()).write_bytes(b"\x7fELF and no more")
     native = found()
     assert "for this process alone" in native.how

@@ -9,7 +9,13 @@ from typer.testing import CliRunner
 
 from trimaran.benchmarks import soundness
 from trimaran.cli import app
-from trimaran.kernels import attention, attention_hopper
+from trimaran.kernels import attention, attention_hopper, gated_linear, linear_plan
+from trimaran.kernels.catalog import OPS
+from trimaran.kernels.configs import lookup
+from trimaran.kernels.contract import Device
+from trimaran.kernels.matmul import CONFIGS
+from trimaran.kernels.plans import make_plan
+from trimaran.torch_path import ops
 from trimaran.torch_path.ops import TORCH_OPS
 
 REPORT = """========= COMPUTE-SANITIZER
@@ -33,6 +39,35 @@ def test_every_op_has_variants_and_they_run():
     assert {name.split()[0] for name in names} == set(TORCH_OPS)
     for _, call in itertools.islice(soundness.variants(torch.device("cpu")), 0, None, 20):
         assert all(torch.isfinite(tensor).all() for tensor in soundness._tensors(call()))
+
+
+def test_ops_can_be_chosen():
+    names = [name for name, _ in soundness.variants(torch.device("cpu"), ["rms_norm", "linear"])]
+    assert {name.split()[0] for name in names} == {"rms_norm", "linear"}
+    with pytest.raises(ValueError, match="no variants of linaer, expected some of attention, layer_norm"):
+        list(soundness.variants(torch.device("cpu"), ["linaer"]))
+
+
+def test_every_row_of_linears_tables_has_a_variant(monkeypatch):
+    chosen = []
+
+    def recorded(table, **facts):
+        chosen.append(lookup(table, **facts))
+        return chosen[-1]
+
+    for module in (linear_plan, gated_linear):
+        monkeypatch.setattr(module, "lookup", recorded)
+    for _, call in soundness._linears(torch.device("cpu"), torch.float16):
+        plan_of(OPS[call.func.__name__], call.keywords)
+    for row in (*linear_plan.HOPPER, *gated_linear.HOPPER, *CONFIGS):
+        assert any(config is row[1] for config in chosen), row
+
+
+def plan_of(op, given):
+    inputs = [ops.describe(given.get(port.name)) for port in op.inputs]
+    attrs = op.attributes({attr.name: given[attr.name] for attr in op.attrs if attr.name in given})
+    wanted = tuple(not port.optional for port in op.outputs)
+    return make_plan(op, inputs, attrs, Device("cuda", 0, 90, 132, 227 * 1024), wanted)
 
 
 def test_a_difference_of_one_bit_is_seen():

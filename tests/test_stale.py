@@ -1,5 +1,6 @@
 """An optimized model never gives a stale answer: what is changed in it after its first call is seen at the next."""
 
+import fake_graphs
 import pytest
 import torch
 from torch import nn
@@ -84,12 +85,12 @@ def other_module(model):
 
 
 def adapter(model):
-    model.first.o = LowRank(model.first.o)
+    model.first.o = LowRank(model.first.o).to(model.table.device)
 
 
 def adapter_merged(model):
     adapter(model)
-    model(torch.randn(2, 6, 32))
+    model(torch.randn(2, 6, 32).to(model.table.device))
     wrapped = model.first.o
     with torch.no_grad():
         wrapped.base.weight += wrapped.b.weight @ wrapped.a.weight
@@ -102,7 +103,7 @@ def eps(model):
 
 def eps_twice(model):
     model.first.norm.eps = 0.5
-    model(torch.randn(2, 6, 32))
+    model(torch.randn(2, 6, 32).to(model.table.device))
     model.first.norm.eps = 0.25
 
 
@@ -132,7 +133,7 @@ def inner_pre_hook(model):
 
 def hook_removed(model):
     handle = model.first.norm.register_forward_hook(lambda module, args, out: out * 2)
-    model(torch.randn(2, 6, 32))
+    model(torch.randn(2, 6, 32).to(model.table.device))
     handle.remove()
     with torch.no_grad():
         model.first.norm.bias += 1
@@ -161,18 +162,24 @@ CHANGES = [in_place, through_data, load, load_assigned, other_parameter, other_b
            forward, frozen, bfloat16, double]  # fmt: skip
 
 
+@pytest.mark.parametrize("where", ["cpu", "graphs", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_after_the_first_call_is_seen(change):
-    model, x = Model().eval(), torch.randn(2, 6, 32)
+def test_a_change_after_the_first_call_is_seen(change, where, monkeypatch):
+    if where == "graphs":
+        fake_graphs.use(monkeypatch)
+    device = "cuda" if where == "cuda" else "cpu"
+    model, x = Model().eval().to(device), torch.randn(2, 6, 32, device=device)
     report = trimaran.optimize_model(model)
-    before = model(x)
+    before = [model(x) for _ in range(4)][-1]
+    assert report.cuda_graphs == (where != "cpu")
     change(model)
+    model.to(device)
     x = x.to(model.first.q.weight.dtype)
     with torch.no_grad(), untouched(model):
         expected = model(x)
     ours = model(x)
     assert ours.dtype == expected.dtype
-    limit = 0.05 if x.dtype == torch.bfloat16 else 1e-5
+    limit = 0.05 if x.dtype == torch.bfloat16 else 1e-5 if device == "cpu" else 1e-4
     torch.testing.assert_close(ours, expected, rtol=limit, atol=limit)
     if change is not bfloat16 and change is not double:
         assert not torch.allclose(ours, before, rtol=1e-2, atol=1e-2), "the change changed nothing"
@@ -191,11 +198,14 @@ def test_edits_recapture_nothing():
     assert len(report.graphs) == 1
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("change", [in_place, load, other_parameter, other_module, adapter, eps, inner_hook])
-def test_half_precision_copies_follow(change):
+def test_half_precision_copies_follow(change, graphs, monkeypatch):
+    if graphs:
+        fake_graphs.use(monkeypatch)
     model, x = Model().eval(), torch.randn(2, 6, 32)
     trimaran.optimize_model(model, dtype=torch.bfloat16)
-    before = model(x)
+    before = [model(x) for _ in range(4)][-1]
     change(model)
     with torch.no_grad(), untouched(model):
         expected = model(x)
@@ -221,3 +231,24 @@ def test_refresh_wants_an_optimized_model():
         trimaran.refresh(Model())
     with pytest.raises(TypeError, match="model is a str"):
         trimaran.refresh("bert")
+
+
+@pytest.mark.parametrize("where", ["cpu", "graphs", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_weights_of_another_dtype_under_the_same_inputs(where, monkeypatch):
+    """Nothing but the weights' dtype tells that the graph is another."""
+    if where == "graphs":
+        fake_graphs.use(monkeypatch)
+    device = "cuda" if where == "cuda" else "cpu"
+    model = nn.Sequential(nn.Embedding(50, 32), Layer(), nn.LayerNorm(32)).eval().to(device)
+    ids = torch.arange(12, device=device).view(2, 6)
+    report = trimaran.optimize_model(model)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float32):
+        model.to(dtype)
+        for _ in range(4):
+            ours = model(ids)
+            with torch.no_grad(), untouched(model):
+                expected = model(ids)
+            assert ours.dtype == dtype
+            torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05)
+        assert report.replaced["attention"] == 1
+        assert report.cuda_graphs == (where != "cpu"), "old weights are let go"

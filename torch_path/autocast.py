@@ -33,6 +33,16 @@ def concerns(module: GraphModule) -> bool:
     return in_use() or any(node.target is _enter_autocast for node in module.graph.nodes)
 
 
+def without(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with autocast off: its casts are written out."""
+
+    def plain(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return run(*args)
+
+    return plain
+
+
 def explicit_casts(module: GraphModule, keep: Callable[[Node], bool]) -> None:
     """Write the casts of the autocast that is on now, and of those that the graph itself enters, into a pre-dispatch
     graph. keep(node): whether a call is computed in fp32 whatever autocast says."""

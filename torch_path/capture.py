@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 # Numbers that a module holds (eps, a scale) are constants for rules, and hooks that are added later are seen.
-_TRACING = {"specialize_float": True, "skip_nnmodule_hook_guards": False}
+_TRACING = {"specialize_float": True, "skip_nnmodule_hook_guards": False, "use_recursive_dict_tags_for_guards": True}
 _ours: contextvars.ContextVar[bool] = contextvars.ContextVar("ours", default=False)
 _before: dict[str, Any] = {}
 

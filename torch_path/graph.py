@@ -7,6 +7,7 @@ symbolic, shape. Nodes made through `call` get theirs by running the operator on
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 aten = torch.ops.aten
+_SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -56,6 +58,35 @@ def axes_of(transpose: Node) -> set[int]:
     return {axis % value(transpose).dim() for axis in axes}
 
 
+@dataclass(frozen=True)
+class Part:
+    """source[.., start:stop:step] along an axis, counted from the front."""
+
+    source: Node
+    axis: int
+    start: Any
+    stop: Any
+    step: Any
+
+
+def part_of(node: Any) -> Part | None:
+    """What a slice, or an item of a chunk or split, is a part of; None for anything else."""
+    if not is_tensor(node):
+        return None
+    if called(node, aten.slice.Tensor):
+        source, axis = node.args[0], argument(node, 1, "dim", 0) % value(node).dim()
+        size, start, stop = value(source).shape[axis], argument(node, 2, "start") or 0, argument(node, 3, "end")
+        stop = size if stop is None or (isinstance(stop, int) and isinstance(size, int) and stop >= size) else stop
+        return Part(source, axis, start, stop, argument(node, 4, "step", 1))
+    if node.target is not operator.getitem or not called(node.args[0], *_SPLITS):
+        return None
+    split, place = node.args
+    axis = argument(split, 2, "dim", 0) % value(node).dim()
+    sizes = [part.shape[axis] for part in value(split)]
+    start = sum(sizes[:place])
+    return Part(split.args[0], axis, start, start + sizes[place], 1)
+
+
 def called(node: Any, *targets: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
@@ -82,6 +113,15 @@ def replace(old: Node, new: Node) -> None:
         if key in old.meta:
             new.meta.setdefault(key, old.meta[key])
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def erase(node: Node) -> None:
+    """Erase a node that nobody uses, and what is then of no use, so that no rule looks at it."""
+    sources = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in sources:
+        if not source.users and not source._erased and source.op == "call_function" and not source.is_impure():
+            erase(source)
 
 
 def written(node: Node) -> list[Node]:
@@ -116,6 +156,11 @@ def mutation_between(source: Node, first: Node, last: Node) -> Node | None:
             return node
         node = node.next
     return None
+
+
+def read_later(node: Node, last: Node) -> bool:
+    """Whether the call would read something else if it stood at `last`: one of its inputs is written into before."""
+    return node is not last and any(mutation_between(source, node, last) for source in node.all_input_nodes)
 
 
 def literal(node: Any) -> float | None:

@@ -6,7 +6,6 @@ another, or was written into (a version counter tells), or `refresh` is called. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,14 +15,15 @@ from trimaran.torch_path.graph import aten, called
 
 
 class SideCopies:
-    """The graph as a callable that hands it cast copies for some of its inputs."""
+    """Cast copies of some inputs of a graph, kept."""
 
-    def __init__(self, module: GraphModule, casts: list[tuple[int, torch.dtype]]) -> None:
-        self.module, self.casts = module, casts
+    def __init__(self, casts: list[tuple[int, torch.dtype]]) -> None:
+        self.casts = casts
         self.made: list[tuple[Any, int, torch.Tensor] | None] = [None] * len(casts)
 
-    def __call__(self, *args: Any) -> Any:
-        return self.module.forward(*args, *(self.copy(i, args[place]) for i, (place, _) in enumerate(self.casts)))
+    def __call__(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The inputs, and the copies as further ones."""
+        return (*args, *(self.copy(i, args[place]) for i, (place, _) in enumerate(self.casts)))
 
     def copy(self, index: int, source: torch.Tensor) -> torch.Tensor:
         known = self.made[index]
@@ -34,7 +34,7 @@ class SideCopies:
         return known[2]
 
 
-def with_side_copies(module: GraphModule, parameters: list[int]) -> Callable[..., Any]:
+def side_copies(module: GraphModule, parameters: list[int]) -> SideCopies:
     """Let the graph take the casts of these inputs as further inputs, made once."""
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     casts: list[tuple[int, torch.dtype]] = []
@@ -49,4 +49,4 @@ def with_side_copies(module: GraphModule, parameters: list[int]) -> Callable[...
             module.graph.erase_node(node)
             casts.append((place, given.meta["val"].dtype))
     module.recompile()
-    return SideCopies(module, casts) if casts else module.forward
+    return SideCopies(casts)

@@ -8,8 +8,9 @@ The ops have no gradient.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from trimaran.kernels.catalog import read
 from trimaran.kernels.contract import INTERPRETER, Device, Op, Tensor
 from trimaran.kernels.execute import Executor, execute
 from trimaran.kernels.interpreter import Interpreter, interpreting
-from trimaran.kernels.plans import PlanCache
+from trimaran.kernels.plans import PlanCache, PlannedLaunch
 
 NAMESPACE = "trimaran"
 _SCHEMA_TYPE = {"float": "float", "int": "int", "bool": "bool", "string": "str"}
@@ -28,6 +29,8 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 on_decline: contextvars.ContextVar[Callable[[str, str], None] | None] = contextvars.ContextVar(
     "on_decline", default=None
 )
+# where it is set, calls on a GPU launch nothing: they note their launches here, and their outputs are zeros
+rehearsal: contextvars.ContextVar[list[PlannedLaunch] | None] = contextvars.ContextVar("rehearsal", default=None)
 
 
 def schema(op: Op) -> str:
@@ -99,10 +102,15 @@ class TorchOp:
                 listener(self.op.name, plan.declined)
             return self.reference(inputs, attrs, wanted)
         work = plan.evaluate(values)
+        noted = rehearsal.get() if device.type == "cuda" else None
+        make = torch.empty if noted is None else torch.zeros
         outputs = [
-            None if shape is None else torch.empty(shape, dtype=getattr(torch, str(dtype)), device=device)
+            None if shape is None else make(shape, dtype=getattr(torch, str(dtype)), device=device)
             for shape, dtype in zip(work.outputs, plan.dtypes, strict=True)
         ]
+        if noted is not None:
+            noted.extend(plan.launches)
+            return self.result(outputs)
         scratch: list[torch.Tensor] = []
 
         def allocate(count: int) -> int:
@@ -142,6 +150,22 @@ class TorchOp:
         return self.result(
             [t.contiguous() if want and t is not None else None for t, want in zip(outputs, wanted, strict=True)]
         )
+
+
+def compile_ahead(run: Callable[..., Any], args: Sequence[Any], device: torch.device) -> None:
+    """Compile all that `run(*args)` is going to launch, side by side instead of one after the other. `run` must change
+    nothing but what it makes."""
+    from trimaran.kernels import compiler, driver
+
+    launches: list[PlannedLaunch] = []
+    noted, declined = rehearsal.set(launches), on_decline.set(None)
+    try:
+        with torch.no_grad(), contextlib.suppress(Exception):  # on zeros; the call itself will say what is wrong
+            run(*args)
+    finally:
+        rehearsal.reset(noted)
+        on_decline.reset(declined)
+    compiler.compile_all(launches, driver.driver(device.index or 0).device.capability)
 
 
 TORCH_OPS: dict[str, TorchOp] = {}

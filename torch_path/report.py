@@ -44,6 +44,9 @@ class Report:
     graphs: list[GraphReport] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
     graph_breaks: list[str] = field(default_factory=list)
+    without_graph: Counter[str] = field(default_factory=Counter)
+    cuda_graphs: int = 0
+    graph_bytes: int = 0
 
     def add_graph_breaks(self, reasons: Iterable[Any]) -> None:
         """Dynamo's reasons, each once."""
@@ -64,16 +67,26 @@ class Report:
         """What the rules left alone in the newest graph."""
         return self.graphs[-1].near_misses if self.graphs else []
 
+    @property
+    def shown(self) -> list[GraphReport]:
+        """The newest graph, and all of them where a call is more than one."""
+        return self.graphs if self.graph_breaks else self.graphs[-1:]
+
     def __str__(self) -> str:
         if not self.graphs:
             lines = [f"{self.model}: not captured yet (call the model once)"]
         else:
-            counts = ", ".join(f"{count} {name}" for name, count in sorted(self.replaced.items()))
-            counts = counts or ("nothing" if self.near_misses else NOTHING)
+            replaced = sum((graph.replaced for graph in self.shown), Counter())
+            counts = ", ".join(f"{count} {name}" for name, count in sorted(replaced.items()))
+            counts = counts or ("nothing" if any(graph.near_misses for graph in self.shown) else NOTHING)
             lines = [
                 f"{self.model}: replaced {counts}; {len(self.graphs)} graph{'s' * (len(self.graphs) != 1)} captured"
             ]
-        lines += [f"  left alone: {miss}" for miss in self.near_misses]
+        lines += [f"  left alone: {miss}" for graph in self.shown for miss in graph.near_misses]
+        if self.cuda_graphs:
+            count = f"{self.cuda_graphs} CUDA graph{'s' * (self.cuda_graphs != 1)}"
+            lines.append(f"  {count}, {self.graph_bytes / 2**20:.0f} MiB")
         lines += [f"  graph break: {text}" for text in self.graph_breaks]
         lines += [f"  without the kernels, {count} times: {reason}" for reason, count in self.fallbacks.items()]
+        lines += [f"  without a CUDA graph, {count} times: {reason}" for reason, count in self.without_graph.items()]
         return "\n".join(lines)

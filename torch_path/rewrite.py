@@ -22,6 +22,7 @@ from trimaran.torch_path.rules.layer_norm import LAYER_NORM_ANCHORS, check_layer
 from trimaran.torch_path.rules.rms_norm import RMS_NORM_ANCHORS, check_rms_norm, rewrite_rms_norm
 from trimaran.torch_path.rules.rotary_embedding import ROTARY_ANCHORS, check_rotary, rewrite_rotary
 from trimaran.torch_path.simplify import simplify
+from trimaran.torch_path.strides import pin_strides
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ RULES: tuple[Rule, ...] = (
 def rewrite(module: GraphModule, rules: Sequence[Rule] = RULES) -> GraphReport:
     """Apply the rules to a pre-dispatch ATen graph, in place, and say what was replaced and what was not."""
     report = GraphReport()
+    pinned = pin_strides(module.graph)
+    if pinned is not None:
+        reason = "as_strided reads memory between its input's elements, so nothing around it is moved"
+        report.near_misses.append(NearMiss("any", pinned.name, reason, source_line(pinned)))
+        return report
     simplify(module.graph)
     for rule in rules:
         report.near_misses += apply(rule, module.graph)

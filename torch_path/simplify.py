@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from trimaran.torch_path.einsum import as_product
 from trimaran.torch_path.graph import (
     RESHAPES,
     argument,
@@ -21,11 +22,14 @@ from trimaran.torch_path.graph import (
     called,
     is_tensor,
     replace,
+    same,
     same_shape,
     value,
     written,
 )
 
+_MOVES = (aten.transpose.int, aten.expand.default, aten.unsqueeze.default, aten.reshape.default)
+_ORDERS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 _SPLITS = (*RESHAPES, aten.unflatten.int, aten.flatten.using_ints)
 
 
@@ -69,6 +73,8 @@ def _share(graph: Graph) -> bool:
 
 def _pure(node: Node) -> bool:
     target = node.target
+    if node.op == "get_attr":
+        return is_tensor(node)
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or not is_tensor(node):
         return False
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
@@ -86,13 +92,20 @@ def _frozen(args: Any) -> Any:
 def _respelt(graph: Graph, node: Node) -> Node | None:
     """A new node, before this one, that says the same in the one way that rules know."""
     with graph.inserting_before(node):
-        return _transpose(graph, node) or _functional(graph, node)
+        if called(node, aten.einsum.default):
+            return as_product(graph, node)
+        return _transpose(graph, node) or _functional(graph, node) or _cast_below(graph, node)
 
 
 def _transpose(graph: Graph, node: Node) -> Node | None:
-    """A permute that exchanges two axes, and torch's other names for it, as transpose.int"""
+    """A permute that exchanges two axes, and torch's other names for it, as transpose.int of axes counted from the
+    front"""
     if called(node, aten.swapaxes.default, aten.swapdims.default, aten.mT.default):
         axes = node.args[1:] or (-1, -2)
+    elif called(node, aten.t.default, aten.numpy_T.default) and is_tensor(node, rank=2):
+        axes = (0, 1)
+    elif called(node, aten.transpose.int) and list(node.args[1:]) != sorted(axes_of(node)):
+        axes = tuple(sorted(axes_of(node)))
     elif called(node, aten.permute.default):
         given: Any = node.args[1]
         order = [axis % len(given) for axis in given]
@@ -102,6 +115,18 @@ def _transpose(graph: Graph, node: Node) -> Node | None:
     else:
         return None
     return call(graph, aten.transpose.int, node.args[0], *axes)
+
+
+def _cast_below(graph: Graph, node: Node) -> Node | None:
+    """The view of a cast instead of the cast of a view, as autocast writes it."""
+    view = node.args[0] if node.args else None
+    if not called(node, aten.to.dtype) or len(node.args) != 2 or node.kwargs or _mutated(node):
+        return None
+    if not called(view, *_MOVES) or len(view.users) != 1:  # type: ignore[union-attr]
+        return None
+    target: Any = view.target  # type: ignore[union-attr]
+    cast = call(graph, aten.to.dtype, view.args[0], node.args[1])  # type: ignore[union-attr]
+    return call(graph, target, cast, *view.args[1:], **view.kwargs)  # type: ignore[union-attr]
 
 
 def _functional(graph: Graph, node: Node) -> Node | None:
@@ -125,8 +150,8 @@ def _functional(graph: Graph, node: Node) -> Node | None:
 
 def _equivalent(node: Node) -> Node | None:
     """An earlier node with the same value, or None."""
-    for rule in (_no_dropout, _alias, _nothing_done, _whole_slice, _same_cast, _double_transpose, _undone_reshape,
-                 _contiguous_already):  # fmt: skip
+    for rule in (_no_dropout, _alias, _nothing_done, _whole_slice, _joined_with_nothing, _same_cast, _double_transpose,
+                 _undone_reshape, _contiguous_already):  # fmt: skip
         found = rule(node)
         if found is not None and is_tensor(found):
             return found
@@ -169,8 +194,20 @@ def _whole_slice(node: Node) -> Node | None:
     if not called(node, aten.slice.Tensor):
         return None
     start, end, step = (argument(node, i, n, d) for i, n, d in ((2, "start", None), (3, "end", None), (4, "step", 1)))
-    whole = start in (None, 0) and end in (None, 2**63 - 1) and step == 1
-    return node.args[0] if whole else None  # type: ignore[return-value]
+    size = value(node.args[0]).shape[argument(node, 1, "dim", 0)]
+    over = end is None or end == 2**63 - 1 or (isinstance(end, int) and isinstance(size, int) and end >= size)
+    return node.args[0] if over and start in (None, 0) and step == 1 else None  # type: ignore[return-value]
+
+
+def _joined_with_nothing(node: Node) -> Node | None:
+    """cat([x, y]) where y is empty"""
+    if not called(node, aten.cat.default):
+        return None
+    parts: Any = node.args[0]
+    full = [part for part in parts if not any(same(size, 0) for size in value(part).shape)]
+    if len(full) != 1 or not _settled(full[0]) or value(full[0]).dtype != value(node).dtype or _mutated(node):
+        return None
+    return full[0] if same_shape(value(full[0]).shape, value(node).shape) else None
 
 
 def _same_cast(node: Node) -> Node | None:
@@ -178,7 +215,9 @@ def _same_cast(node: Node) -> Node | None:
     if not called(node, *casts) or not is_tensor(node) or not is_tensor(node.args[0]):
         return None
     before, after = value(node.args[0]), value(node)
-    layout = node.kwargs.get("memory_format") in (None, torch.preserve_format)
+    layout = not any(
+        arg in _ORDERS for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, torch.memory_format)
+    )
     alike = (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
     return node.args[0] if alike and layout and not _mutated(node) else None  # type: ignore[return-value]
 

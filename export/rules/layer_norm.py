@@ -1,38 +1,36 @@
-"""LayerNormalization over the last dimension, with the Add before it where that is a residual connection."""
+"""Layer norms over the last dimension: the standard operator, onnxruntime's own with a residual, and written out."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from trimaran.export.onnx_graph import (
-    Inserter,
     attribute,
     dims,
     dtype_of,
-    made_by,
     operand,
     readable,
-    replace_value,
     same_dims,
+    used,
 )
-from trimaran.export.schemas import DOMAIN
+from trimaran.export.rules.residual import rewrite_norm
+from trimaran.export.rules.written_norms import ROOTS, Norm, is_vector, read_root
 from trimaran.kernels.layer_norm import layer_norm
 
-LAYER_NORM_ANCHORS = ("LayerNormalization",)
+LAYER_NORM_ANCHORS = ("LayerNormalization", "SkipLayerNormalization", *ROOTS)
 
 
-@dataclass(frozen=True)
-class LayerNorm:
-    x: ir.Value
-    weight: ir.Value
-    bias: ir.Value | None
-    eps: float
-    addition: ir.Node | None  # the residual's; x is then its result
+def check_layer_norm(node: ir.Node) -> Norm | str | None:
+    if node.op_type in ROOTS:
+        found = read_root(node)
+        if isinstance(found, Norm) and found.kind != "layer":
+            return None
+    else:
+        found = read_skip(node) if node.op_type.startswith("Skip") else read_operator(node)
+    return found if not isinstance(found, Norm) else problem_with(found) or found
 
 
-def check_layer_norm(node: ir.Node) -> LayerNorm | str:
+def read_operator(node: ir.Node) -> Norm | str:
     x, weight, bias = (operand(node, index) for index in range(3))
     if x is None or weight is None:
         return "x or the scale is absent"
@@ -43,40 +41,34 @@ def check_layer_norm(node: ir.Node) -> LayerNorm | str:
         return f"it normalizes from axis {axis} of {len(shape)}, only the last one is supported"
     if attribute(node, "stash_type", 1) != 1:
         return f"its statistics are kept in type {attribute(node, 'stash_type', 1)}, only float (1) is supported"
-    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+    if any(used(output) for output in node.outputs[1:]):
         return "its mean or inverse standard deviation is used"
-    for name, value in (("x", x), ("the scale", weight), ("the bias", bias)):
-        if value is not None and (dtype_of(value) not in layer_norm.types["T"] or dtype_of(value) != dtype_of(x)):
+    return Norm("layer", node.outputs[0], x, weight, bias, float(attribute(node, "epsilon", 1e-5)))
+
+
+def read_skip(node: ir.Node) -> Norm | str:
+    """com.microsoft's: x, skip, gamma, beta, a bias of x -> y, mean, deviation, sum"""
+    x, skip, weight, bias, more = (operand(node, index) for index in range(5))
+    if x is None or skip is None or not same_dims(dims(x), dims(skip)):
+        return f"x {readable(dims(x))} and skip {readable(dims(skip))} are not provably of one shape"
+    if any(used(output) for output in node.outputs[1:3]):
+        return "its mean or inverse standard deviation is used"
+    total = node.outputs[3] if len(node.outputs) > 3 else None
+    eps = float(attribute(node, "epsilon", 1e-12))
+    return Norm("layer", node.outputs[0], x, weight, bias, eps, total=total, residual=skip, shift=more)
+
+
+def problem_with(match: Norm) -> str | None:
+    shape = dims(match.x)
+    for name, value in (("x", match.x), ("the scale", match.weight), ("the bias", match.bias)):
+        if value is None:
+            continue
+        if dtype_of(value) not in layer_norm.types["T"] or dtype_of(value) != dtype_of(match.x):
             return f"{name} is {dtype_of(value)}, supported are {', '.join(layer_norm.types['T'])}, all alike"
-        if value is not None and value is not x and not same_dims(dims(value), shape[-1:]):
-            return f"{name} has shape {readable(dims(value))}, expected [N] = {readable(shape[-1:])}"
-    return LayerNorm(x, weight, bias, float(attribute(node, "epsilon", 1e-5)), residual_addition(x))
+        if name != "x" and not is_vector(value, match.x):
+            return f"{name} has shape {readable(dims(value))}, expected [N] = {readable((shape or (None,))[-1:])}"
+    return None
 
 
-def residual_addition(x: ir.Value) -> ir.Node | None:
-    """The Add of two tensors of x's own shape that makes x, None where there is none."""
-    node = made_by(x, "Add")
-    shapes = [dims(value) for value in node.inputs] if node is not None else []
-    return node if shapes and all(same_dims(shape, dims(x)) for shape in shapes) else None
-
-
-def rewrite_layer_norm(node: ir.Node, match: LayerNorm) -> None:
-    x, residual = match.x, None
-    summed = False
-    if match.addition is not None:
-        x, residual = match.addition.inputs  # type: ignore[assignment]
-        summed = len(match.x.uses()) > 1 or match.x.is_graph_output()
-    new = Inserter(node).node(
-        layer_norm.name,
-        [x, match.weight, match.bias, residual],
-        {"eps": match.eps},
-        domain=DOMAIN,
-        num_outputs=2 if summed else 1,
-        version=layer_norm.version,
-        name=node.name,
-    )
-    replace_value(node.outputs[0], new.outputs[0])
-    assert node.graph is not None
-    node.graph.remove(node, safe=True)
-    if summed:
-        replace_value(match.x, new.outputs[1])
+def rewrite_layer_norm(node: ir.Node, match: Norm) -> None:
+    rewrite_norm(layer_norm, match, {"eps": match.eps})

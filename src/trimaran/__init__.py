@@ -3,6 +3,7 @@
 It optimizes PyTorch models in place and makes the attention and norm nodes of ONNX files the same kernels.
 
     optimize_model(model)                     optimize in place; `report(model)` tells what was done, `restore` undoes
+    warm_up(model, [(8, 128)])                compile and capture for these shapes now, not at their first call
     export_onnx(model, inputs, "model.onnx")  export a PyTorch model with trimaran's ops
     rewrite_onnx("theirs.onnx", "ours.onnx")  rewrite any exporter's file
     ort_session("ours.onnx")                  an ordinary InferenceSession with the ops registered
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from trimaran.torch_path.report import Report as Report
     from trimaran.torch_path.rewrite import RULES as RULES
     from trimaran.torch_path.rewrite import Rule as Rule
+    from trimaran.torch_path.warm_up import warm_up as warm_up
 
     __version__: str
 
@@ -52,6 +54,7 @@ _HOMES = {
     "restore": "trimaran.torch_path.optimize",
     "rewrite_onnx": "trimaran.export.rewrite_onnx",
     "triton_op": "trimaran.ort_ops.triton_op",
+    "warm_up": "trimaran.torch_path.warm_up",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `trimaran demo`, `info`, `bench-kernels`, `check-kernels`, `bench-nodes` and `soak`."""
+"""The command line: `trimaran demo`, `info`, `rewrite`, `verify`, `compare-fusions`, and what measures and checks."""
 
 import json
 import sys
@@ -60,6 +60,37 @@ def demo(
 
 
 @app.command()
+def rewrite(
+    src: Annotated[Path, typer.Argument(help="Anybody's ONNX file.")],
+    dst: Annotated[Path, typer.Argument(help="The file to write.")],
+    html: Annotated[Path | None, typer.Option(help="Write the report, with both graphs, as a page.")] = None,
+    verify: Annotated[bool, typer.Option(help="Run both files and compare.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make an ONNX file's attention, norm and linear nodes trimaran's, and say what was left and why."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    from trimaran.export.rewrite_onnx import rewrite_onnx
+    from trimaran.export.verify import VerificationError
+
+    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    try:
+        with Progress(TextColumn("{task.description}"), BarColumn(), console=errors, transient=True) as bar:
+            task = bar.add_task("reading", total=1.0)
+            report = rewrite_onnx(
+                src, dst, verify=verify, overwrite=overwrite,
+                progress=lambda stage, done: bar.update(task, description=stage, completed=done),
+            )  # fmt: skip
+    except (OSError, ValueError, TypeError, VerificationError) as error:
+        errors.print(str(error), style="red", markup=False)
+        raise typer.Exit(2) from error
+    if html is not None:
+        html.write_text(report.page(), encoding="utf-8")
+    console.print(json.dumps(report.as_dict(), indent=2) if as_json else str(report), markup=False, highlight=False)
+
+
+@app.command()
 def bench_kernels(
     ops: Annotated[list[str] | None, typer.Argument(help="The ops to measure; all that have cases if none.")] = None,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32; float16 on a GPU unless given.")] = "",
@@ -94,6 +125,7 @@ def bench_kernels(
 
 @app.command()
 def check_kernels(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops; all of them if none is named.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often each variant runs under load.")] = 100,
     sanitizer: Annotated[list[str] | None, typer.Option(help="memcheck, initcheck, synccheck or racecheck.")] = None,
 ) -> None:
@@ -110,10 +142,14 @@ def check_kernels(
         raise typer.Exit(2)
     failed = False
     with Progress(console=errors) as progress:
-        soundness.compile_all(progress)
+        try:
+            soundness.compile_all(progress, ops or ())
+        except ValueError as error:
+            errors.print(str(error), style="red", markup=False)
+            raise typer.Exit(2) from error
         for tool in sanitizer or []:
             try:
-                wrong, explained = soundness.sanitize(tool)
+                wrong, explained = soundness.sanitize(tool, ops or ())
             except (ValueError, OSError, RuntimeError) as error:
                 errors.print(str(error), style="red", markup=False)
                 raise typer.Exit(2) from error
@@ -121,13 +157,65 @@ def check_kernels(
             for place, count in wrong.items():
                 errors.print(f"FAILED: {tool}: {count} x {place}", style="red", markup=False)
             failed |= bool(wrong)
-        found = soundness.repeat(repeats, progress)
+        found = soundness.repeat(repeats, progress, ops or ())
     for name, count in found.items():
         if count:
             errors.print(f"FAILED: {name}: {count} of {repeats} runs differ", style="red", markup=False)
     console.print(f"{len(found)} variants, {repeats} runs each: {sum(found.values())} differ")
     if failed or any(found.values()):
         raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    first: Annotated[Path, typer.Argument(help="The ONNX file that is right.")],
+    second: Annotated[Path, typer.Argument(help="The one to compare with it.")],
+    inputs: Annotated[Path | None, typer.Option(help="An .npz file of inputs by name; random ones if none.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Run two ONNX files on the same inputs, on the CPU. Fails where they differ, and says from which node on; and in
+    half precision, which nodes to keep in fp32 so that they do not."""
+    import numpy as np
+
+    from trimaran.export.differences import verify_files
+    from trimaran.export.verify import CannotVerify
+
+    try:
+        given = None if inputs is None else dict(np.load(inputs))
+        found = verify_files(first, second, given, seed)
+    except (CannotVerify, OSError, ValueError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False)
+        raise typer.Exit(2) from error
+    if as_json:
+        print(json.dumps({"ok": found.ok, **asdict(found)}, indent=2))
+    else:
+        for line in found.lines():
+            print(line)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare_fusions(
+    files: Annotated[list[Path], typer.Argument(help="ONNX files.")],
+    out: Annotated[Path, typer.Option(help="The folder for fusions.json and fusions.md.")] = Path("build/fusions"),
+) -> None:
+    """Count what each optimizer of ONNX files finds in these: attention, norms, residual norms, rotary embeddings,
+    gated and activated linear layers. Ours against ONNX Runtime's two, onnxscript's and transformers'."""
+    from trimaran.benchmarks import fusions as job
+
+    errors = Console(stderr=True, soft_wrap=True)
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        errors.print(f"files has {', '.join(missing)}, expected ONNX files", style="red", markup=False)
+        raise typer.Exit(2)
+    found = job.compare(files, lambda text: errors.print(text, markup=False, highlight=False))
+    job.write(found, out)
+    fewer = [f"{file}: {', '.join(kinds)}" for file, row in found["files"].items() if (kinds := job.fewer(row))]
+    print(f"{len(found['files'])} files, somebody finds more than we in {len(fewer)}; {out / 'fusions.md'}")
+    for text in fewer:
+        print(f"  {text}")
 
 
 @app.command()
@@ -148,6 +236,34 @@ def bench_nodes(
     else:
         console.print(job.table(found))
         console.print(f"{out / 'nodes.json'}, {out / 'nodes.png'}", highlight=False, soft_wrap=True)
+    if failures := job.failures(found):
+        for failure in failures:
+            errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench_models(
+    engines: Annotated[list[str] | None, typer.Argument(help="Engines by name; all of them if none.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, and slow engines in fewer cases.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder for models.json and models.png.")] = Path("build/bench-models"),
+    as_json: Json = False,
+) -> None:
+    """Measure BERT-base by every engine, inputs and outputs on the GPU. Fails where one of ours could not be timed."""
+    from trimaran.benchmarks import models as job  # everything is imported here, and only here
+
+    console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
+    try:
+        found = job.bench(quick, errors, engines or ())
+    except ValueError as error:
+        errors.print(f"[red]{error}")
+        raise typer.Exit(2) from error
+    job.write(found, out)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        console.print(job.table(found))
+        console.print(f"{out / 'models.json'}, {out / 'models.png'}", highlight=False, soft_wrap=True)
     if failures := job.failures(found):
         for failure in failures:
             errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)

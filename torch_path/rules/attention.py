@@ -77,7 +77,7 @@ def from_sdpa(node: Node) -> Attention | str:
         if not same(value(q).shape[2], value(k).shape[2]):
             return "is_causal with different numbers of queries and keys counts both from 0, the op from the end"
         reader.mask.right = 0
-    grouped = node.kwargs.get("enable_gqa", False)
+    grouped = node.kwargs.get("enable_gqa", False) or value(k).shape[1] == value(v).shape[1] == 1
     if not grouped and not same(value(q).shape[1], value(k).shape[1]):
         return f"q has {value(q).shape[1]} heads and k {value(k).shape[1]}, without enable_gqa"
     return with_operands(node, node, (q, k, v), float(scale), 0.0, reader.mask)
@@ -87,8 +87,6 @@ def read_argument(reader: MaskReader, mask: Any, dtype: str) -> str | None:
     """Read sdpa's attn_mask."""
     if mask is None:
         return None
-    if not is_tensor(mask) or not 2 <= value(mask).dim() <= 4:
-        return "the mask is not a tensor of 2 to 4 dimensions"
     return reader.seen(Term(mask)) if value(mask).dtype == torch.bool else reader.added(Term(mask), dtype)
 
 
@@ -139,6 +137,9 @@ def with_operands(start: Node, end: Node, sources: Any, scale: float, softcap: f
             return f"{name} is {dtype_of(x)}, supported are {', '.join(attention.types['T'])}, all alike"
         if mutation_between(x, start, end) is not None:
             return f"{name} is written into before the weights are multiplied with v"
+    problem = broadcast_of(value(q).shape, value(k).shape, value(v).shape)
+    if problem is not None:
+        return problem
     head_dim = value(q).shape[-1]
     if not isinstance(head_dim, int) or head_dim > MAX_HEAD_DIM:
         return f"the head dimension is {head_dim}, supported are up to {MAX_HEAD_DIM}"
@@ -150,6 +151,18 @@ def with_operands(start: Node, end: Node, sources: Any, scale: float, softcap: f
         k, v = narrow
     (q, q_scale), (k, k_scale) = scaled_below(q, ()), scaled_below(k, k_cast)
     return Attention(start, end, q, k, Term(v, v_cast), scale * q_scale * k_scale, softcap, mask)
+
+
+def broadcast_of(q: Any, k: Any, v: Any) -> str | None:
+    """The reason why these shapes [.., S, D] need more of broadcasting than grouped heads do."""
+    for name, other in (("k", k), ("v", v)):
+        if not same(q[0], other[0]):
+            return f"q has a batch of {q[0]} and {name} of {other[0]}"
+    heads, kv_heads = (shape[1] if len(shape) == 4 else 1 for shape in (q, k))
+    if len(v) == 4 and not same(kv_heads, v[1]):
+        return f"k has {kv_heads} heads and v {v[1]}"
+    whole = same(heads, kv_heads) or (isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0)
+    return None if whole else f"q has {heads} heads and k {kv_heads}, which do not share them evenly"
 
 
 def uncast(node: Node) -> tuple[Node, tuple[Node, ...]]:

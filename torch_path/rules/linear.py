@@ -23,6 +23,7 @@ from trimaran.torch_path.graph import (
     dtype_of,
     is_tensor,
     mutation_between,
+    read_later,
     replace,
     same,
     same_shape,
@@ -30,10 +31,12 @@ from trimaran.torch_path.graph import (
 )
 from trimaran.torch_path.ops import TORCH_OPS
 from trimaran.torch_path.rules.activations import activation_of
-from trimaran.torch_path.rules.residual import item
+from trimaran.torch_path.rules.residual import item, only_user
+from trimaran.torch_path.rules.statistics import uncast, vector_of
 
 LINEAR = TORCH_OPS["linear"].overload
-LINEAR_ANCHORS = (aten.linear.default, aten.addmm.default)
+_PRODUCTS = (aten.matmul.default, aten.mm.default)
+LINEAR_ANCHORS = (aten.linear.default, aten.addmm.default, *_PRODUCTS)
 GATED_ANCHORS = (aten.mul.Tensor,)
 SHARED_ANCHORS = RESIDUAL_ANCHORS = (LINEAR,)
 NORM_ANCHORS = (TORCH_OPS["layer_norm"].overload, TORCH_OPS["rms_norm"].overload)
@@ -52,8 +55,11 @@ class Layer:
 
 
 def check_linear(node: Node) -> Layer | str | None:
-    layer = _whole(node) if called(node, aten.linear.default) else _written_out(node)
-    if layer is None:
+    if called(node, aten.linear.default):
+        layer: Layer | None = _whole(node)
+    else:
+        layer = _product(node) if called(node, *_PRODUCTS) else _written_out(node)
+    if layer is None or read_later(node, layer.end):
         return None
     if not is_tensor(layer.weight, rank=2) or (layer.bias is not None and not is_tensor(layer.bias, rank=1)):
         return "its weight is no matrix, or its bias no vector"
@@ -80,6 +86,20 @@ def _written_out(node: Node) -> Layer | None:
         return layer
     undone = same_shape(value(end).shape[:-1], value(x).shape[:-1])
     return Layer(end, x, weight, bias, True) if undone else layer  # type: ignore[arg-type]
+
+
+def _product(node: Node) -> Layer | None:
+    """x W with a parameter W, or the transpose of one, and the bias that is added to it."""
+    x, weight = node.args
+    transposed = not called(weight, aten.transpose.int)
+    weight = weight if transposed else weight.args[0]  # type: ignore[union-attr]
+    if not is_tensor(weight, rank=2) or uncast(weight).op not in ("placeholder", "get_attr") or not is_tensor(x):
+        return None
+    total = only_user(node, aten.add.Tensor)
+    bias = None if total is None else next((side for side in total.args if side is not node), None)
+    if total is None or total.kwargs or vector_of(bias, node) is None or dtype_of(bias) != dtype_of(node):
+        return Layer(node, x, weight, None, transposed)  # type: ignore[arg-type]
+    return Layer(total, x, weight, bias, transposed)  # type: ignore[arg-type]
 
 
 def rewrite_linear(graph: Graph, node: Node, match: Layer) -> None:
@@ -115,7 +135,7 @@ class Activated:
 
 def check_activation(node: Node) -> Activated | None:
     found = activation_of(node)
-    if found is None or not is_plain(found[1], *inside(node, found[1])):
+    if found is None or not is_plain(found[1], *inside(node, found[1])) or read_later(found[1], node):
         return None
     return Activated(found[1], found[0])
 
@@ -144,10 +164,10 @@ def check_gated(node: Node) -> Gated | None:
         activation, gate = found
         users = inside(one, gate)  # type: ignore[arg-type]
         if is_plain(gate, *users) and is_plain(other, node) and _same_form(gate, other):  # type: ignore[arg-type]
-            return Gated(gate, other, activation)  # type: ignore[arg-type]
+            return None if read_later(gate, node) else Gated(gate, other, activation)  # type: ignore[arg-type]
         halves = _halves(gate, other)
         if halves is not None and {*gate.users} <= users and {*other.users} == {node}:  # type: ignore[union-attr]
-            return Gated(halves[0], None, activation, halves[1])
+            return None if read_later(halves[0], node) else Gated(halves[0], None, activation, halves[1])
     return None
 
 
@@ -195,9 +215,11 @@ def check_shared(node: Node) -> list[Node] | None:
     return group if known and all(isinstance(value(layer).shape[-1], int) for layer in group) else None
 
 
-def foreign(node: Node) -> bool:
-    """An operator of somebody else's, which may count on rows that lie together."""
-    return getattr(node.target, "namespace", "aten") not in ("aten", "prims", "trimaran")
+def counts_on_memory(layer: Node) -> bool:
+    """Whether its rows must lie together: for an operator of somebody else's, and for as_strided."""
+    if any(getattr(user.target, "namespace", "aten") not in ("aten", "prims", "trimaran") for user in layer.users):
+        return True
+    return any(called(node, aten.as_strided.default) and base(node) is layer for node in layer.graph.nodes)
 
 
 def siblings(one: Node, other: Node) -> bool:
@@ -215,9 +237,10 @@ def rewrite_shared(graph: Graph, node: Node, match: list[Node]) -> None:
     ends = list(itertools.accumulate(value(layer).shape[-1] for layer in match))
     starts = [0, *ends]
     slices = [call(graph, aten.slice.Tensor, wide, -1, *span) for span in zip(starts, ends, strict=False)]
+    for i, layer in enumerate(match):
+        if counts_on_memory(layer):
+            slices[i] = call(graph, aten.contiguous.default, slices[i])
     for layer, part in zip(match, slices, strict=True):
-        if any(foreign(user) for user in layer.users):
-            part = call(graph, aten.contiguous.default, part)
         replace(layer, part)
         graph.erase_node(layer)
     for user in graph.nodes:  # rows are further apart now
@@ -229,14 +252,33 @@ def rewrite_shared(graph: Graph, node: Node, match: list[Node]) -> None:
 class Normed:
     layer: Node
     residual: Node | None
+    total: Node | None = None  # their sum in fp32, of a layer in half precision, which the norm did not take in
 
 
 def check_linear_norm(node: Node) -> Normed | None:
     params = 2 if node.target is NORM_ANCHORS[0] else 1
     x, residual = node.args[0], node.args[1 + params]
     for layer, other in ((x, residual), (residual, x)):
-        if is_plain(layer, node) and (other is None or is_tensor(other)):
+        if is_plain(layer, node) and (other is None or is_tensor(other)) and not read_later(layer, node):  # type: ignore[arg-type]
             return Normed(layer, other)  # type: ignore[arg-type]
+    given: Any = node.args[1 : 1 + params]
+    known = isinstance(x, Node) and all(param is None or param < x for param in given)
+    return _mixed_sum(x, node) if residual is None and known else None  # type: ignore[arg-type]
+
+
+def _mixed_sum(total: Node, norm: Node) -> Normed | None:
+    """Of x W^T in half precision, and a residual in fp32: what autocast makes of layers between norms."""
+    if not called(total, aten.add.Tensor, aten.to.dtype) or total.kwargs or dtype_of(total) != "float32":
+        return None
+    if mutation_between(total, total, norm) is not None:
+        return None
+    sides = total.args if called(total, aten.add.Tensor) else (total.args[0], None)
+    for layer, other in (sides, sides[::-1]):
+        if not is_plain(layer, total) or dtype_of(layer) == "float32" or read_later(layer, total):  # type: ignore[arg-type]
+            continue
+        alike = is_tensor(other) and dtype_of(other) == "float32" and same_shape(value(other).shape, value(total).shape)
+        if alike or (other is None and norm.args[1] is not None):  # something must say that y is fp32
+            return Normed(layer, other, total)  # type: ignore[arg-type]
     return None
 
 
@@ -244,14 +286,21 @@ def rewrite_linear_norm(graph: Graph, node: Node, match: Normed) -> None:
     layer_norm = node.target is NORM_ANCHORS[0]
     x, weight, bias = match.layer.args
     params = node.args[1:3] if layer_norm else (node.args[1], None)
+    summed = node.kwargs["return_sum"]
+    if match.total is not None:
+        summed = len(match.total.users) > 1
     attrs: dict[str, Any] = {"eps": node.kwargs["eps"], "norm": "layer" if layer_norm else "rms"}
-    attrs |= {"cast": node.kwargs.get("cast", "torch"), "return_sum": node.kwargs["return_sum"]}
+    attrs |= {"cast": node.kwargs.get("cast", "torch"), "return_sum": summed}
     attrs["transpose_weight"] = match.layer.kwargs["transpose_weight"]
-    both = call(graph, TORCH_OPS["linear_norm"].overload, x, weight, bias, match.residual, *params, **attrs)
+    with graph.inserting_before(node if match.total is None else match.total.next):
+        both = call(graph, TORCH_OPS["linear_norm"].overload, x, weight, bias, match.residual, *params, **attrs)
+        outputs = item(graph, both, 0), item(graph, both, 1) if summed else None
     for user in list(node.users):
-        replace(user, item(graph, both, user.args[1]))  # type: ignore[arg-type]
+        replace(user, outputs[user.args[1]])  # type: ignore[arg-type, index]
         graph.erase_node(user)
     graph.erase_node(node)
+    if match.total is not None and outputs[1] is not None:
+        replace(match.total, outputs[1])
 
 
 def check_residual(node: Node) -> tuple[Node, Node] | None:
@@ -263,7 +312,7 @@ def check_residual(node: Node) -> tuple[Node, Node] | None:
     if len(others) != 1 or not is_tensor(others[0]) or not same_shape(value(others[0]).shape, value(node).shape):
         return None
     alike = value(others[0]).dtype == value(node).dtype == value(total).dtype
-    return (total, others[0]) if alike else None  # type: ignore[return-value]
+    return (total, others[0]) if alike and not read_later(node, total) else None  # type: ignore[arg-type, return-value]
 
 
 def rewrite_residual(graph: Graph, node: Node, match: tuple[Node, Node]) -> None:

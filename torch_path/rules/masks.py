@@ -107,7 +107,7 @@ class MaskReader:
         if split is not None:
             condition, kept, fill, hides = split
             self.mask.finite |= fill != float("-inf")
-            return self.seen(replace(term.of(condition), hidden=hides)) or self.added(term.of(kept), dtype)
+            return self.seen(replace(term.of(condition), hidden=hides, factor=1.0)) or self.added(term.of(kept), dtype)
         if called(term.node, aten.triu.default) and not term.views and self.upper_triangle(term.node):
             return None
         if dtype_of(term.node) != dtype:
@@ -276,22 +276,37 @@ def key_inputs(graph: Graph, mask: Mask, q: Node) -> tuple[Node | None, Node | N
 
 def _rows(graph: Graph, term: Term) -> Node:
     """The key term [1|B, 1, 1, Sk], leading axes of size 1 perhaps missing, as [1|B, Sk]"""
-    whole = looked_up_whole(term.node) if not term.views else None
+    whole = looked_up_whole(graph, term.node) if not term.views else None
     node = materialized(graph, term if whole is None else term.of(whole))
     while value(node).dim() > 2:
         node = call(graph, aten.select.int, node, 1, 0)
     return node if value(node).dim() == 2 else call(graph, aten.unsqueeze.default, node, 0)
 
 
-def looked_up_whole(node: Node) -> Node | None:
-    """m [B, Sk] where the node is `m[b, k]` with b and k counting every row and column: transformers' broadcast."""
+def looked_up_whole(graph: Graph, node: Node) -> Node | None:
+    """m [B, Sk] where the node is `m[b, k]` with b and k counting every row and column: transformers' broadcast. Where
+    they may be fewer than m has, the first rows and columns of m."""
     table, places = (node.args[0], node.args[1]) if called(node, aten.index.Tensor) else (None, ())
     if not is_tensor(table, rank=2) or len(places) != 2:  # type: ignore[arg-type]
         return None
     row, column = map(line_of, places)  # type: ignore[arg-type]
-    shape = value(node).shape
-    whole = row == Line({4: 1}) and column == Line({KEY: 1}) and same_shape(value(table).shape, (shape[0], shape[-1]))
-    return table if whole else None  # type: ignore[return-value]
+    if row != Line({4: 1}) or column != Line({KEY: 1}):
+        return None
+    for axis, place in enumerate(places):  # type: ignore[arg-type]
+        counted = value(node).shape[0 if axis == 0 else -1]
+        if not same(value(table).shape[axis], counted):
+            end = _counted(place)
+            if end is None:
+                return None
+            table = call(graph, aten.slice.Tensor, table, axis, 0, end)
+    return table  # type: ignore[return-value]
+
+
+def _counted(place: Any) -> Any:
+    """n where the node is a view of arange(n)"""
+    while called(place, *_VIEWS):
+        place = place.args[0]
+    return place.args[0] if called(place, aten.arange.default) else None
 
 
 def bias_input(graph: Graph, mask: Mask, q: Node) -> Node | None:

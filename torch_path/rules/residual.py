@@ -50,6 +50,12 @@ def _between(x: Node, norm: Node) -> set[Node]:
     return inside
 
 
+def only_user(node: Any, *targets: Any) -> Node | None:
+    """The one user of a node, where it is a call of one of these targets, or any are."""
+    user = next(iter(node.users)) if isinstance(node, Node) and len(node.users) == 1 else None
+    return user if not targets or called(user, *targets) else None
+
+
 def item(graph: Graph, node: Node, index: int) -> Node:
     """One of the outputs of a call."""
     found = graph.call_function(operator.getitem, (node, index))

@@ -13,12 +13,12 @@ import torch
 from torch.fx import Graph, Node
 
 from trimaran.kernels.rms_norm import rms_norm
-from trimaran.torch_path.graph import argument, aten, called, dtype_of, is_tensor, literal, same, value
+from trimaran.torch_path.graph import argument, aten, called, dtype_of, literal, value
 from trimaran.torch_path.ops import TORCH_OPS
-from trimaran.torch_path.rules.residual import rewrite_norm
+from trimaran.torch_path.rules.residual import only_user, rewrite_norm
+from trimaran.torch_path.rules.statistics import CASTS, mean_of, square_of, vector_of
 
 RMS_NORM_ANCHORS = (aten.rsqrt.default, aten.sqrt.default, aten.rms_norm.default)
-_CASTS = (aten.to.dtype, aten.type_as.default)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _written_out(root: Node) -> RmsNorm | str | None:
         return "eps is computed at run time"
     if dtype_of(wide) == "float64":
         return "x is float64, or its squares are"
-    x = wide.args[0] if called(wide, *_CASTS) else wide
+    x = wide.args[0] if called(wide, *CASTS) else wide
     normalized = next((user for user in root.users if _normalizes(user, root, {wide, x})), None)
     if normalized is None:
         return "what is multiplied with the root is not what was squared"
@@ -74,18 +74,10 @@ def _mean_of_squares(node: Any) -> tuple[Node, float | None] | None:
     """(x, eps) of mean(x^2, -1, keepdim) + eps"""
     if not called(node, aten.add.Tensor):
         return None
-    mean, eps = node.args
-    if called(eps, aten.mean.dim):
-        mean, eps = eps, mean
-    if not called(mean, aten.mean.dim) or argument(mean, 2, "keepdim", False) is not True:
-        return None
-    square, axes = mean.args[:2]
-    if [axis % value(square).dim() for axis in axes] != [value(square).dim() - 1]:
-        return None
-    if called(square, aten.pow.Tensor_Scalar) and square.args[1] == 2:
-        return square.args[0], literal(eps)
-    if called(square, aten.square.default) or (called(square, aten.mul.Tensor) and square.args[0] is square.args[1]):
-        return square.args[0], literal(eps)
+    for mean, eps in (node.args, node.args[::-1]):
+        x = square_of(mean_of(mean))
+        if x is not None:
+            return x, literal(eps)
     return None
 
 
@@ -98,21 +90,21 @@ def _normalizes(user: Node, root: Node, xs: set[Any]) -> bool:
 
 def _weighted(match: RmsNorm) -> RmsNorm:
     """The norm with what follows it: a cast to x's dtype, a product with a weight, and such a cast again."""
-    found, end = match, _only_user(match.end)
+    found, end = match, only_user(match.end)
     inner = found.end
     rounded = False
-    if called(end, *_CASTS) and dtype_of(end) == dtype_of(match.x):
+    if called(end, *CASTS) and dtype_of(end) == dtype_of(match.x):
         found, inner, rounded = replace(found, end=end), end, True  # type: ignore[arg-type, assignment]
-        end = _only_user(inner)
+        end = only_user(inner)
     if not called(end, aten.mul.Tensor) or len(end.args) != 2:  # type: ignore[union-attr]
         return found
     one, other = end.args  # type: ignore[union-attr]
     weight, gemma = _weight(other if one is inner else one, match.x)
     if weight is None:
         return found
-    after = _only_user(end)
+    after = only_user(end)
     if not rounded and dtype_of(end) != dtype_of(match.x):
-        if not called(after, *_CASTS) or dtype_of(after) != dtype_of(match.x):
+        if not called(after, *CASTS) or dtype_of(after) != dtype_of(match.x):
             return found
         end = after
     cast = "gemma" if gemma else "llama" if rounded else "torch"
@@ -124,7 +116,7 @@ def _weighted(match: RmsNorm) -> RmsNorm:
 def _weight(node: Any, x: Node) -> tuple[Node | None, bool]:
     """(w [N], whether 1 is added to it) of a factor w or 1 + w, casts looked through."""
     one = False
-    while called(node, *_CASTS, aten.add.Tensor):
+    while called(node, *CASTS, aten.add.Tensor):
         if called(node, aten.add.Tensor):
             literals = [side for side in node.args if literal(side) is not None]
             if one or len(literals) != 1 or literal(literals[0]) != 1.0 or node.kwargs:
@@ -132,12 +124,8 @@ def _weight(node: Any, x: Node) -> tuple[Node | None, bool]:
             one, node = True, next(side for side in node.args if side is not literals[0])
         else:
             node = node.args[0]
-    known = is_tensor(node, rank=1) and same(value(node).shape[0], value(x).shape[-1])
-    return (node, one) if known else (None, False)
-
-
-def _only_user(node: Any) -> Node | None:
-    return next(iter(node.users)) if isinstance(node, Node) and len(node.users) == 1 else None
+    weight = vector_of(node, x)
+    return (weight, one) if weight is not None else (None, False)
 
 
 def rewrite_rms_norm(graph: Graph, node: Node, match: RmsNorm) -> None:

@@ -151,10 +151,23 @@ def weighted_values(softmax: Node) -> tuple[Node, Any] | str | None:
         if called(user, *_PRODUCTS) and user.args[0] is node:
             return user, user.args[1]
         if not called(user, *_CASTS, *_VIEWS):
-            return None
+            return _detour(user) if value(softmax).dim() > 2 else None
         node = user
     follows = any(called(user, *_PRODUCTS) and user.args[0] is node for user in node.users)
     return "its weights are used by something else too" if follows else None
+
+
+def _detour(first: Node) -> str | None:
+    """Where weights are multiplied with values after all, though something is done to them before."""
+    node = first
+    for _ in range(4):
+        if len(node.users) != 1 or not is_tensor(node):
+            return None
+        user = next(iter(node.users))
+        if called(user, *_PRODUCTS) and user.args[0] is node:
+            return f"its weights go through {first.target} before they are multiplied with values"
+        node = user
+    return None
 
 
 def is_last_axis(softmax: Node) -> bool:

@@ -1,0 +1,104 @@
+"""Architectures that no rule was written for: as right as before, and what is left alone has its reason."""
+
+import pytest
+import torch
+import transformers as hf
+from models import DECODER, MARKS, SIZES, VISION, padding, tensors
+
+import trimaran
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+GPT = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48, **MARKS}
+PARTIAL = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5}, **MARKS}
+BART = {"vocab_size": 50, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, **MARKS}  # fmt: skip
+GATED = {"attention": 2, "gated_linear": 2, "linear": 2, "linear_norm": 4, "rms_norm": 1, "rotary_embedding": 2}
+
+# name: (configuration's class, its sizes, its inputs, what is replaced)
+MODELS = {
+    "GPTJModel": (hf.GPTJConfig, {**GPT, "rotary_dim": 4}, "decoder",
+                  {"attention": 2, "layer_norm": 3, "linear": 8, "rotary_embedding": 2}),
+    "CodeGenModel": (hf.CodeGenConfig, {**GPT, "n_ctx": 64, "rotary_dim": 4}, "decoder",
+                     {"attention": 2, "layer_norm": 3, "linear": 8, "rotary_embedding": 2}),
+    "GPTNeoXModel": (hf.GPTNeoXConfig, {**SIZES, **PARTIAL}, "decoder",
+                     {"attention": 2, "layer_norm": 5, "linear": 8, "rotary_embedding": 2}),
+    "PhiModel": (hf.PhiConfig, {**SIZES, **PARTIAL}, "decoder",
+                 {"attention": 2, "layer_norm": 3, "linear": 8, "rotary_embedding": 2}),
+    "Phi3Model": (hf.Phi3Config, DECODER, "decoder", GATED),
+    "GlmModel": (hf.GlmConfig, {**DECODER, "head_dim": 8}, "decoder", GATED),
+    "CohereModel": (hf.CohereConfig, DECODER, "decoder",
+                    {"attention": 2, "gated_linear": 2, "layer_norm": 1, "linear": 4, "linear_norm": 2,
+                     "rotary_embedding": 2}),
+    "Olmo2Model": (hf.Olmo2Config, DECODER, "decoder", {**GATED, "rms_norm": 5}),
+    "GraniteModel": (hf.GraniteConfig, DECODER, "decoder", GATED),
+    "MixtralModel": (hf.MixtralConfig, {**DECODER, "num_local_experts": 4}, "decoder",
+                     {"attention": 2, "linear": 4, "linear_norm": 2, "rms_norm": 3, "rotary_embedding": 2}),
+    "FalconModel": (hf.FalconConfig, {**SIZES, **MARKS}, "decoder",
+                    {"attention": 2, "layer_norm": 3, "linear": 8, "rotary_embedding": 2}),
+    "BloomModel": (hf.BloomConfig, {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4, **MARKS}, "decoder",
+                   {"attention": 2, "layer_norm": 2, "linear": 4, "linear_norm": 4}),
+    "BartModel": (hf.BartConfig, BART, "pairs", {"attention": 6, "layer_norm": 2, "linear": 12, "linear_norm": 10}),
+    "RoFormerModel": (hf.RoFormerConfig, SIZES, "text",
+                      {"attention": 2, "layer_norm": 1, "linear": 4, "linear_norm": 4, "rotary_embedding": 2}),
+    "XLNetModel": (hf.XLNetConfig, {"vocab_size": 50, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}, "text",
+                   {"attention": 2, "layer_norm": 2, "linear": 2, "linear_norm": 2}),
+    "SwinModel": (hf.SwinConfig, {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2, 2],
+                                  "num_heads": [2, 4], "window_size": 4}, "image",
+                  {"attention": 4, "layer_norm": 8, "linear": 14, "linear_norm": 3}),
+    "BeitModel": (hf.BeitConfig, {**VISION, "use_relative_position_bias": True}, "image",
+                  {"attention": 2, "layer_norm": 5, "linear": 8}),
+    "MobileBertModel": (hf.MobileBertConfig, {**SIZES, "embedding_size": 16, "intra_bottleneck_size": 16}, "text",
+                        {"attention": 2, "linear": 30}),
+}  # fmt: skip
+# Where attention is of another kind: the reason that the report gives, or what it says of the pieces
+OTHERWISE = {
+    "GptOssModel": (hf.GptOssConfig, {**DECODER, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+                    "decoder", "its weights go through aten.slice.Tensor before they are multiplied with values"),
+    "LongformerModel": (hf.LongformerConfig, {**SIZES, "attention_window": 4}, "text",
+                        "graph break: Unsupported Tensor.item"),
+    "DebertaModel": (hf.DebertaConfig, {**SIZES, "relative_attention": True, "pos_att_type": "p2c|c2p"}, "text",
+                     "graph break: Unsupported Tensor.item"),
+}  # fmt: skip
+QUICK = {"GPTJModel", "PhiModel", "CohereModel", "FalconModel", "XLNetModel", "LongformerModel"}
+
+
+def cases(table):
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in table]
+
+
+def optimized(name, config, sizes, kind):
+    """The report of a random model whose outputs are the same before and after."""
+    torch.manual_seed(0)
+    model = getattr(hf, name)(config(**sizes)).eval()
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 50, (3, 8), generator=generator)
+    call = {"input_ids": ids, "attention_mask": padding(3, 8, "right")}
+    if kind == "image":
+        call = {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator)}
+    if kind == "pairs":
+        call["decoder_input_ids"] = ids[:, :5]
+    if kind in ("pairs", "decoder"):
+        call["use_cache"] = False
+    with torch.no_grad():
+        before = tensors(model(**call), call)
+    report = trimaran.optimize_model(model)
+    for ours, expected in zip(tensors(model(**call), call), before, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6 * expected.abs().max().item())
+    assert not report.fallbacks, report
+    return report
+
+
+@pytest.mark.parametrize("name", cases(MODELS))
+def test_a_model(name):
+    report = optimized(name, *MODELS[name][:3])
+    assert report.replaced == MODELS[name][3], report
+    assert not report.near_misses, report
+    assert not report.graph_breaks, report
+
+
+@pytest.mark.parametrize("name", cases(OTHERWISE))
+def test_a_model_whose_attention_is_another(name):
+    report = optimized(name, *OTHERWISE[name][:3])
+    assert OTHERWISE[name][3] in str(report)
+    assert sum(graph.replaced["linear"] + graph.replaced["linear_norm"] for graph in report.graphs) >= 4, report
+    assert not sum(graph.replaced["attention"] for graph in report.graphs)

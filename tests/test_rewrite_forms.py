@@ -1,0 +1,487 @@
+"""One formula, many spellings: graphs by hand, as exporters other than torch's write them. Each is rewritten, and gives
+what it gave before (the rewriter runs both)."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+import trimaran
+from trimaran.cli import app
+from trimaran.export.rewrite_onnx import rewrite
+
+SIZES = {"b": 2, "s": 5, "t": 7, "h": 3}
+VECTOR = "{1.5, -0.5, 2.0, 0.25, 1.0, -1.25, 0.75, 3.0}"
+
+
+def model(body: str, inputs: str, outputs: str, constants: str = "", opset: int = 17) -> onnx.ModelProto:
+    """A graph in onnx's own text form."""
+    imports = f'"" : {opset}, "com.microsoft" : 1'
+    text = f"<ir_version: 8, opset_import: [{imports}]> g ({inputs}) => ({outputs}) <{constants}> {{ {body} }}"
+    return onnx.parser.parse_model(text)
+
+
+def halved(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in half precision, which the text form has no numbers for."""
+
+    def narrow(tensor: onnx.TensorProto) -> None:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for tensor in proto.graph.initializer:
+        narrow(tensor)
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant":
+                narrow(attribute.t)
+    return proto
+
+
+def random_inputs(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    found = {}
+    for value in proto.graph.input:
+        kind = value.type.tensor_type
+        shape = [dim.dim_value or SIZES.get(dim.dim_param, 4) for dim in kind.shape.dim]
+        array = generator.standard_normal(shape)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        found[value.name] = (array > -0.5 if dtype.kind in "bi" else array).astype(dtype)
+    return found
+
+
+def rewritten(proto, tmp_path):
+    """(report, the rewritten file's nodes); the two files were run and agree."""
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(proto, source)
+    report = trimaran.rewrite_onnx(source, target, inputs=random_inputs(proto))
+    assert report.verified.startswith(("verified against", "a copy")), report
+    onnx.checker.check_model(target)
+    again = trimaran.rewrite_onnx(target, tmp_path / "again.onnx", verify=False)
+    assert again.replaced == report.replaced, "rewriting twice changes nothing"
+    return report, [node for node in ir.load(target).graph if node.domain == "trimaran"]
+
+
+PARAMETERS = (
+    f"float[8] w = {VECTOR}, float[8] c = {VECTOR}, float eps = {{0.001}}, float two = {{2.0}}, float one = {{1.0}}"
+)
+NORMS = {
+    "the operator": "y = LayerNormalization <epsilon = 0.001> (x, w, c)",
+    "pow, sqrt, div": """m = ReduceMean <axes = [-1]> (x) d = Sub (x, m) p = Pow (d, two)
+        v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) r = Sqrt (a) n = Div (d, r) g = Mul (n, w) y = Add (g, c)""",
+    "mul self, reciprocal, operands commuted": """m = ReduceMean <axes = [2]> (x) d = Sub (x, m) p = Mul (d, d)
+        v = ReduceMean <axes = [2]> (p) a = Add (eps, v) r = Sqrt (a) i = Reciprocal (r) n = Mul (i, d) g = Mul (w, n)
+        y = Add (c, g)""",
+    "mean of squares minus square of mean": """m = ReduceMean <axes = [-1]> (x) p = Mul (x, x)
+        q = ReduceMean <axes = [-1]> (p) mm = Mul (m, m) v = Sub (q, mm) a = Add (v, eps) r = Sqrt (a) d = Sub (x, m)
+        n = Div (d, r) g = Mul (n, w) y = Add (g, c)""",
+    "tensorflow's batch normalization": """m = ReduceMean <axes = [2]> (x) d = Sub (x, m) p = Mul (d, d)
+        v = ReduceMean <axes = [2]> (p) a = Add (v, eps) r = Sqrt (a) i = Reciprocal (r) k = Mul (i, w) u = Mul (x, k)
+        mk = Mul (m, k) o = Sub (c, mk) y = Add (u, o)""",
+    "a sum divided by its number": """eight = Constant <value = float {8.0}> () ax = Constant <value = int64[1] {-1}> ()
+        t = ReduceSum <keepdims = 1> (x, ax) m = Div (t, eight) d = Sub (x, m) p = Mul (d, d)
+        tt = ReduceSum <keepdims = 1> (p, ax) v = Div (tt, eight) a = Add (v, eps) r = Sqrt (a) n = Div (d, r)
+        g = Mul (n, w) y = Add (g, c)""",
+    "a power of minus one half": """h = Constant <value = float {-0.5}> () m = ReduceMean <axes = [-1]> (x)
+        d = Sub (x, m) p = Mul (d, d) v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) i = Pow (a, h)
+        n = Mul (d, i) g = Mul (n, w) y = Add (g, c)""",
+    "an exporter's identities and wide parameters": """w3 = Constant <value = int64[3] {1, 1, 8}> () wi = Identity (w)
+        ww = Reshape (wi, w3) m = ReduceMean <axes = [-1]> (x) xi = Identity (x) d = Sub (xi, m) p = Mul (d, d)
+        v = ReduceMean <axes = [-1]> (p) a = Add (v, eps) r = Sqrt (a) ri = Identity (r) n = Div (d, ri) g = Mul (n, ww)
+        y = Add (g, c)""",
+    "global average pooling": """m = GlobalAveragePool (x) d = Sub (x, m) p = Mul (d, d) v = GlobalAveragePool (p)
+        a = Add (v, eps) r = Sqrt (a) n = Div (d, r) g = Mul (n, w) y = Add (g, c)""",
+}
+RMS = {
+    "pow, reciprocal": """p = Pow (x, two) q = ReduceMean <axes = [-1]> (p) a = Add (q, eps) r = Sqrt (a)
+        i = Reciprocal (r) n = Mul (x, i) y = Mul (n, w)""",
+    "one over the root, commuted": """p = Mul (x, x) q = ReduceMean <axes = [-1]> (p) a = Add (eps, q) r = Sqrt (a)
+        i = Div (one, r) k = Mul (w, i) y = Mul (k, x)""",
+    "gemma": """k = Add (one, w) p = Mul (x, x) q = ReduceMean <axes = [-1]> (p) a = Add (q, eps) r = Sqrt (a)
+        n = Div (x, r) y = Mul (n, k)""",
+    "sum of squares": """eighth = Constant <value = float {0.125}> () q = ReduceSumSquare <axes = [-1]> (x)
+        f = Mul (q, eighth) a = Add (f, eps) r = Sqrt (a) n = Div (x, r) y = Mul (w, n)""",
+    "onnxruntime's": "y = SimplifiedLayerNormalization <epsilon = 0.001> (x, w)",
+}
+
+
+@pytest.mark.parametrize("form", NORMS)
+def test_layer_norms(form, tmp_path):
+    report, (node,) = rewritten(model(NORMS[form], "float[b, s, 8] x", "float[b, s, 8] y", PARAMETERS), tmp_path)
+    assert report.replaced == {"layer_norm": 1}
+    assert [value is not None for value in node.inputs] == [True, True, True]
+    assert node.attributes["eps"].value == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("form", RMS)
+def test_rms_norms(form, tmp_path):
+    report, (node,) = rewritten(model(RMS[form], "float[b, s, 8] x", "float[b, s, 8] y", PARAMETERS), tmp_path)
+    assert report.replaced == {"rms_norm": 1}
+    assert node.attributes["cast"].value == ("gemma" if form == "gemma" else "torch")
+
+
+@pytest.mark.parametrize("skip", ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"])
+@pytest.mark.parametrize("summed", [False, True])
+def test_onnxruntimes_norms_of_a_sum(skip, summed, tmp_path):
+    parameters = "w, c" if skip == "SkipLayerNormalization" else "w"
+    outs, outputs = ("y, , , t", "float[b, s, 8] y, float[b, s, 8] t") if summed else ("y", "float[b, s, 8] y")
+    body = f"{outs} = com.microsoft.{skip} <epsilon = 0.001> (x, z, {parameters})"
+    proto = model(body, "float[b, s, 8] x, float[b, s, 8] z", outputs, PARAMETERS)
+    report, (node,) = rewritten(proto, tmp_path)
+    assert [*report.replaced] == ["layer_norm" if skip == "SkipLayerNormalization" else "rms_norm"]
+    assert node.inputs[-1].name == "z"
+    assert len(node.outputs) == 1 + summed
+
+
+def test_a_skipped_norm_with_a_bias_of_its_own(tmp_path):
+    body = "y = com.microsoft.SkipLayerNormalization <epsilon = 0.001> (x, z, w, c, w)"
+    proto = model(body, "float[b, s, 8] x, float[b, s, 8] z", "float[b, s, 8] y", PARAMETERS)
+    assert rewritten(proto, tmp_path)[0].replaced == {"layer_norm": 1}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (NORMS["pow, sqrt, div"].replace("-1", "1"), r"it normalizes over axes \[1\] of 3, only the last one"),
+        (NORMS["pow, sqrt, div"].replace("Add (v, eps)", "Add (v, e)"), "eps is computed at run time"),
+        (RMS["pow, reciprocal"].replace("Mul (x, i)", "Mul (z, i)"), "what is multiplied with the inverse root is not"),
+        (RMS["pow, reciprocal"].replace("Add (q, eps)", "Sub (q, eps)"), "eps is -0.001"),
+    ],
+)
+def test_norms_that_are_none(body, reason, tmp_path):
+    proto = model(body, "float[b, s, 8] x, float[b, s, 8] z, float e", "float[b, s, 8] y", PARAMETERS)
+    report, nodes = rewritten(proto, tmp_path)
+    assert not nodes
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(str(report))
+    assert (tmp_path / "in.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+
+
+# ---- linear layers and activations, in half precision
+
+WEIGHT = ", ".join(str((i % 7 - 3) / 8) for i in range(32))
+HALF = f"float[8, 4] w = {{{WEIGHT}}}, float[4] c = {{0.5, -0.5, 0.25, 1.0}}"
+NUMBERS_OF = {"half": 0.5, "one": 1.0, "root": 1.4142, "inv": 0.7071, "three": 3.0, "cub": 0.044715, "sl": 0.79788}
+CONSTANTS = {
+    name: f"{name} = Constant <value = float {{{value}}}> ()" for name, value in {**NUMBERS_OF, "q": 1.702}.items()
+}
+ACTIVATED = {
+    "relu": "y = Relu (l)",
+    "tanh": "y = Tanh (l)",
+    "silu": "g = Sigmoid (l) y = Mul (g, l)",
+    "silu by exp": "n = Neg (l) e = Exp (n) d = Add (one, e) y = Div (l, d)",
+    "quick_gelu": "k = Mul (q, l) g = Sigmoid (k) y = Mul (l, g)",
+    "quick_gelu of onnxruntime": "y = com.microsoft.QuickGelu <alpha = 1.702> (l)",
+    "gelu": "d = Div (l, root) e = Erf (d) a = Add (e, one) m = Mul (l, a) y = Mul (m, half)",
+    "gelu, half inside": "d = Mul (l, inv) e = Erf (d) a = Add (one, e) m = Mul (a, half) y = Mul (m, l)",
+    "gelu_tanh": """p = Pow (l, three) k = Mul (cub, p) s = Add (l, k) i = Mul (s, sl) t = Tanh (i) a = Add (one, t)
+        h = Mul (l, half) y = Mul (h, a)""",
+    "gelu_tanh, multiplied out": """s2 = Mul (l, l) k = Mul (s2, cub) o = Add (k, one) z = Mul (o, l) i = Mul (z, sl)
+        t = Tanh (i) a = Add (t, one) h = Mul (a, half) y = Mul (l, h)""",
+}
+
+
+@pytest.mark.parametrize("form", ACTIVATED)
+def test_activations_go_into_their_layer(form, tmp_path):
+    used = " ".join(
+        text for name, text in CONSTANTS.items() if f"{name}," in ACTIVATED[form] or f"{name})" in ACTIVATED[form]
+    )
+    body = f"{used} m0 = MatMul (x, w) l = Add (c, m0) {ACTIVATED[form]}"
+    proto = halved(model(body, "float[b, s, 8] x", "float[b, s, 4] y", HALF))
+    report, (node,) = rewritten(proto, tmp_path)
+    assert report.replaced == {"linear": 1}
+    assert node.attributes["activation"].value == form.split()[0].rstrip(",")
+    assert node.attributes["transpose_weight"].value == 1
+
+
+def test_a_layer_whose_result_is_wanted_keeps_it(tmp_path):
+    body = "m0 = MatMul (x, w) l = Add (c, m0) y = Relu (l)"
+    proto = model(body, "float[b, s, 8] x", "float[b, s, 4] y, float[b, s, 4] l", HALF)
+    report, (node,) = rewritten(halved(proto), tmp_path)
+    assert report.replaced == {"linear": 1}
+    assert "activation" not in node.attributes
+
+
+GATED = {
+    "two layers": "a = MatMul (x, w) u = MatMul (x, v) g = Sigmoid (a) s = Mul (a, g) y = Mul (s, u)",
+    "one layer split": """z = MatMul (x, wide) a, u = Split <axis = -1> (z) g = Sigmoid (a) s = Mul (a, g)
+        y = Mul (u, s)""",
+    "one layer sliced": """zero = Constant <value = int64[1] {0}> () four = Constant <value = int64[1] {4}> ()
+        eight = Constant <value = int64[1] {8}> () ax = Constant <value = int64[1] {2}> () z = MatMul (x, wide)
+        u = Slice (z, zero, four, ax) a = Slice (z, four, eight, ax) g = Sigmoid (a) s = Mul (a, g) y = Mul (u, s)""",
+}
+
+
+@pytest.mark.parametrize("form", GATED)
+def test_gated_layers(form, tmp_path):
+    more = ", ".join(str((i % 5 - 2) / 8) for i in range(64))
+    constants = f"{HALF}, float[8, 4] v = {{{', '.join(more.split(', ')[:32])}}}, float[8, 8] wide = {{{more}}}"
+    proto = halved(model(GATED[form], "float[b, s, 8] x", "float[b, s, 4] y", constants))
+    report, (node,) = rewritten(proto, tmp_path)
+    assert report.replaced == {"gated_linear": 1}
+    assert node.attributes["activation"].value == "silu"
+    assert ("gate" in node.attributes) == (form == "one layer sliced")
+
+
+def test_fp32_layers_are_left(tmp_path):
+    proto = model("y = MatMul (x, w)", "float[b, s, 2] x", "float[b, s, 2] y", "float[2, 2] w = {1.0, 2.0, 3.0, 4.0}")
+    assert not rewritten(proto, tmp_path)[1]
+
+
+QUANTIZED = {
+    "cast and scaled": "f = Cast <to = 1> (w8) d = Mul (f, k) y = MatMul (x, d)",
+    "dequantized": "d = DequantizeLinear (w8, k) y = MatMul (x, d)",
+}
+
+
+@pytest.mark.parametrize("form", QUANTIZED)
+def test_quantized_weights_are_left_with_the_reason(form, tmp_path):
+    constants = "int8[2, 2] w8 = {1, 2, 3, 4}, float k = {0.5}"
+    report, nodes = rewritten(model(QUANTIZED[form], "float[b, s, 2] x", "float[b, s, 2] y", constants), tmp_path)
+    assert not nodes
+    (miss,) = report.near_misses
+    assert miss.reason == "its weight is dequantized from int8, which no op here multiplies yet"
+    assert (miss.rule, miss.value) == ("linear", "d")
+
+
+# ---- rotary embeddings
+
+HEADS = "float[b, 2, s, 8] x, float[1, 1, s, 8] cos, float[1, 1, s, 8] sin"
+NUMBERS = " ".join(f"n{n} = Constant <value = int64[1] {{{n}}}> ()" for n in (0, 1, 2, 3, 4, 8))
+ROTARY = {
+    "slices": """lo = Slice (x, n0, n4, n3) hi = Slice (x, n4, n8, n3) m = Neg (hi) r = Concat <axis = -1> (m, lo)
+        a = Mul (x, cos) e = Mul (r, sin) y = Add (a, e)""",
+    "a split, commuted": """lo, hi = Split <axis = 3> (x) m = Neg (hi) r = Concat <axis = 3> (m, lo) a = Mul (cos, x)
+        e = Mul (sin, r) y = Add (e, a)""",
+}
+
+
+@pytest.mark.parametrize("form", ROTARY)
+def test_rotary_embeddings(form, tmp_path):
+    report, _ = rewritten(model(f"{NUMBERS} {ROTARY[form]}", HEADS, "float[b, 2, s, 8] y"), tmp_path)
+    assert report.replaced == {"rotary_embedding": 1}
+
+
+def test_the_original_rotary_embedding(tmp_path):
+    """Of halves, with tables half as wide, of the first part of the head."""
+    body = f"""{NUMBERS} p = Slice (x, n0, n4, n3) rest = Slice (x, n4, n8, n3) lo, hi = Split <axis = -1> (p)
+        a = Mul (lo, cos) e = Mul (hi, sin) f = Sub (a, e) g = Mul (hi, cos) h = Mul (lo, sin) k = Add (g, h)
+        t = Concat <axis = -1> (f, k) y = Concat <axis = -1> (t, rest)"""
+    inputs = "float[b, 2, s, 8] x, float[1, 1, s, 2] cos, float[1, 1, s, 2] sin"
+    report, (node,) = rewritten(model(body, inputs, "float[b, 2, s, 8] y"), tmp_path)
+    assert report.replaced == {"rotary_embedding": 1}
+    assert node.attributes["rotary_dim"].value == 4
+
+
+def test_interleaved_rotary_embeddings(tmp_path):
+    """As GPT-J turns neighbours."""
+    body = f"""{NUMBERS} end = Constant <value = int64[1] {{9223372036854775807}}> () even = Slice (x, n0, end, n3, n2)
+        odd = Slice (x, n1, end, n3, n2) m = Neg (odd) u = Unsqueeze (m, n4) v = Unsqueeze (even, n4)
+        r5 = Concat <axis = -1> (u, v) sh = Shape (x) r = Reshape (r5, sh) a = Mul (x, cos) e = Mul (r, sin)
+        y = Add (a, e)"""
+    report, (node,) = rewritten(model(body, HEADS, "float[b, 2, s, 8] y"), tmp_path)
+    assert report.replaced == {"rotary_embedding": 1}
+    assert node.attributes["interleaved"].value == 1
+
+
+@pytest.mark.parametrize(
+    "change", [("m = Neg (hi)", "m = Identity (hi)"), ("n0, n4", "n1, n4"), ("(m, lo)", "(lo, m)")]
+)
+def test_what_does_not_turn_is_left(change, tmp_path):
+    body = ROTARY["slices"].replace(*change)
+    if change[0] == "n0, n4":
+        body = body.replace("Slice (x, n4, n8, n3)", "Slice (x, n3, n8, n3)")
+    proto = model(f"{NUMBERS} {body}", HEADS, "float[b, 2, s, 8] y")
+    assert not rewritten(proto, tmp_path)[1]
+
+
+# ---- attention of other exporters
+
+ROWS = "float[b, s, 16] x, float[b, t, 16] z"
+SPLIT = "four = Constant <value = int64[4] {0, 0, 2, 8}> () half = Constant <value = float {0.5}> ()"
+MERGE = "three = Constant <value = int64[3] {0, 0, 16}> ()"
+ATTENTION = {
+    "tensorflow: einsum": f"""{SPLIT} {MERGE} q = Reshape (x, four) k = Reshape (z, four) qs = Mul (q, half)
+        p = Einsum <equation = "bqhd,bkhd->bhqk"> (qs, k) w = Softmax <axis = 3> (p)
+        o = Einsum <equation = "bhqk,bkhd->bqhd"> (w, k) y = Reshape (o, three)""",
+    "paddle: transposed products, scale first": f"""{SPLIT} {MERGE} qr = Reshape (x, four)
+        q = Transpose <perm = [0, 2, 1, 3]> (qr) kr = Reshape (z, four) k = Transpose <perm = [0, 2, 1, 3]> (kr)
+        qs = Mul (half, q) kt = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (qs, kt) w = Softmax (p)
+        o = MatMul (w, k) t0 = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape (t0, three)""",
+    "keys transposed twice": f"""{SPLIT} {MERGE} qr = Reshape (x, four) q = Transpose <perm = [0, 2, 1, 3]> (qr)
+        kr = Reshape (z, four) k1 = Transpose <perm = [0, 2, 3, 1]> (kr) v = Transpose <perm = [0, 2, 1, 3]> (kr)
+        p = MatMul (q, k1) ps = Mul (p, half) w = Softmax (ps) o = MatMul (w, v)
+        t0 = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape (t0, three)""",
+    "onnxruntime's product": f"""{SPLIT} {MERGE} qr = Reshape (x, four) q = Transpose <perm = [0, 2, 1, 3]> (qr)
+        kr = Reshape (z, four) k = Transpose <perm = [0, 2, 1, 3]> (kr)
+        p = com.microsoft.FusedMatMul <transB = 1, alpha = 0.5> (q, k) w = Softmax (p) o = MatMul (w, k)
+        t0 = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape (t0, three)""",
+    "onnxruntime's operator": "y = com.microsoft.MultiHeadAttention <num_heads = 2, scale = 0.5> (x, z, z)",
+}
+
+
+@pytest.mark.parametrize("form", ATTENTION)
+def test_attention_of_other_exporters(form, tmp_path):
+    report, (node,) = rewritten(model(ATTENTION[form], ROWS, "float[b, s, 16] y"), tmp_path)
+    assert report.replaced == {"attention": 1}
+    assert node.attributes["scale"].value == pytest.approx(0.5)
+    assert node.attributes["num_heads"].value == 2, "rows in, rows out"
+    assert not any(n.op_type == "Transpose" for n in ir.load(tmp_path / "out.onnx").graph)
+
+
+MASKS = {
+    "a bool, switched on": ("bool[b, t] m", "a = Constant <value = int64[2] {1, 2}> () u = Unsqueeze (m, a) "
+                            "n = Not (u) f = Cast <to = 1> (n) low = Constant <value = float {-3.4028235e38}> () "
+                            "bias = Mul (f, low)", "lm"),
+    "an integer, switched on": ("int64[b, t] m", "a = Constant <value = int64[2] {1, 2}> () u = Unsqueeze (m, a) "
+                                "f = Cast <to = 1> (u) one = Constant <value = float {1.0}> () d = Sub (one, f) "
+                                "low = Constant <value = float {-10000.0}> () bias = Mul (d, low)", "b"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", MASKS)
+def test_a_mask_becomes_keys_only_where_it_is_one(form, tmp_path):
+    """An integer may be neither 0 nor 1."""
+    extra, made, ports = MASKS[form]
+    body = f"""{made} {SPLIT} qr = Reshape (x, four) q = Transpose <perm = [0, 2, 1, 3]> (qr) kr = Reshape (z, four)
+        k = Transpose <perm = [0, 2, 1, 3]> (kr) kt = Transpose <perm = [0, 2, 3, 1]> (kr) p = MatMul (q, kt)
+        ps = Mul (p, half) pm = Add (bias, ps) w = Softmax (pm) y = MatMul (w, k)"""
+    report, (node,) = rewritten(model(body, f"{ROWS}, {extra}", "float[b, 2, s, 8] y"), tmp_path)
+    assert report.replaced == {"attention": 1}
+    given = "".join(port for port, value in zip("qkvblm", node.inputs, strict=False) if value is not None)
+    assert given == "qkv" + ports
+
+
+def test_onnxruntimes_packed_attention(tmp_path):
+    numbers = ", ".join(str((i % 11 - 5) / 16) for i in range(8 * 24))
+    constants = f"float[8, 24] w = {{{numbers}}}, float[24] c = {{{', '.join(['0.25'] * 24)}}}"
+    body = "y = com.microsoft.Attention <num_heads = 2, unidirectional = 1> (x, w, c)"
+    report, (node,) = rewritten(model(body, "float[b, s, 8] x", "float[b, s, 8] y", constants), tmp_path)
+    assert report.replaced == {"attention": 1}
+    assert node.attributes["causal"].value == 1
+
+
+def test_grouped_keys_are_not_repeated(tmp_path):
+    body = """five = Constant <value = int64[5] {1, 1, 2, 1, 1}> () ax = Constant <value = int64[1] {2}> ()
+        sh = Shape (q) s0 = Constant <value = int64[4] {0, 4, -1, 8}> () u = Unsqueeze (k, ax) e = Expand (u, five)
+        r = Reshape (e, s0) kt = Transpose <perm = [0, 1, 3, 2]> (r) uv = Unsqueeze (v, ax) ev = Expand (uv, five)
+        rv = Reshape (ev, s0) p = MatMul (q, kt) w = Softmax (p) y = MatMul (w, rv)"""
+    inputs = "float[b, 4, s, 8] q, float[b, 2, t, 8] k, float[b, 2, t, 8] v"
+    report, (node,) = rewritten(model(body, inputs, "float[b, 4, s, 8] y"), tmp_path)
+    assert report.replaced == {"attention": 1}
+    assert [value.name for value in node.inputs] == ["q", "k", "v"]
+
+
+# ---- what survives
+
+
+def test_inside_of_a_condition(tmp_path):
+    then = "a () => (float[b, s, 8] ya) { ya = LayerNormalization (x, w, c) }"
+    other = "e () => (float[b, s, 8] ye) { ye = Identity (x) }"
+    body = f"y = If (on) <then_branch = {then}, else_branch = {other}>"
+    proto = model(body, "float[b, s, 8] x, bool on", "float[b, s, 8] y", PARAMETERS)
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(proto, source)
+    report = trimaran.rewrite_onnx(source, target, inputs={"x": random_inputs(proto)["x"], "on": np.array(True)})
+    assert report.replaced == {"layer_norm": 1}
+    assert report.verified.startswith("verified")
+    branch = next(n for n in ir.load(target).graph if n.op_type == "If").attributes["then_branch"].value
+    assert [node.domain for node in branch] == ["trimaran"]
+
+
+def test_names_metadata_and_unknown_nodes_survive(tmp_path):
+    body = "n = LayerNormalization (x, w, c) u = other.domain.Mystery <level = 3> (n) y = Relu (n)"
+    proto = model(body, "float[b, s, 8] x", "float[b, s, 8] y, float[b, s, 8] n, float[b, s, 8] u", PARAMETERS)
+    proto.opset_import.append(onnx.helper.make_opsetid("other.domain", 2))
+    onnx.helper.set_model_props(proto, {"author": "somebody"})
+    proto.doc_string, proto.producer_name = "a doc", "by hand"
+    after = ir.from_proto(proto)
+    assert not rewrite(after)
+    made = ir.to_proto(after)
+    assert [o.name for o in made.graph.output] == ["y", "n", "u"]
+    assert {p.key: p.value for p in made.metadata_props} == {"author": "somebody"}
+    assert (made.doc_string, made.producer_name) == ("a doc", "by hand")
+    assert {o.domain: o.version for o in made.opset_import}.items() >= {
+        "": 17,
+        "other.domain": 2,
+        "trimaran": 1,
+    }.items()
+    mystery = next(node for node in made.graph.node if node.op_type == "Mystery")
+    assert mystery.SerializeToString() == proto.graph.node[1].SerializeToString()
+
+
+def test_an_old_onnxruntime_form_of_opset_11(tmp_path):
+    """Softmax flattens from axis 1 there unless told otherwise: one without an axis is no attention."""
+    body = f"""{SPLIT} kt = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (q, kt) ps = Mul (p, half)
+        w = Softmax <axis = 3> (ps) y = MatMul (w, v)"""
+    inputs = "float[b, 2, s, 8] q, float[b, 2, t, 8] k, float[b, 2, t, 8] v"
+    assert rewritten(model(body, inputs, "float[b, 2, s, 8] y", opset=11), tmp_path)[0].replaced == {"attention": 1}
+    plain = model(body.replace("<axis = 3>", ""), inputs, "float[b, 2, s, 8] y", opset=11)
+    (tmp_path / "plain").mkdir()
+    report, nodes = rewritten(plain, tmp_path / "plain")
+    assert not nodes
+    assert report.near_misses[0].reason == "a softmax over axis 1 of 4, not over the last"
+
+
+def test_the_kernels_give_the_same(tmp_path):
+    proto = model(NORMS["tensorflow's batch normalization"], "float[b, s, 8] x", "float[b, s, 8] y", PARAMETERS)
+    rewritten(proto, tmp_path)
+    feeds = random_inputs(proto)
+    expected = onnxruntime.InferenceSession(tmp_path / "in.onnx", providers=["CPUExecutionProvider"]).run(None, feeds)
+    with trimaran.interpret():
+        got = trimaran.ort_session(tmp_path / "out.onnx", ["CPUExecutionProvider"]).run(None, feeds)
+    np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
+
+
+# ---- the report
+
+
+def test_the_report_as_json_and_as_a_page(tmp_path):
+    body = NORMS["pow, sqrt, div"] + " f = Cast <to = 1> (w8) d2 = Mul (f, eps) z = MatMul (y, d2)"
+    constants = f"{PARAMETERS}, int8[8, 2] w8 = {{{', '.join(map(str, range(16)))}}}"
+    proto = model(body, "float[b, s, 8] x", "float[b, s, 2] z", constants)
+    onnx.save(proto, tmp_path / "in.onnx")
+    report = trimaran.rewrite_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    found = json.loads(json.dumps(report.as_dict()))
+    assert found["replaced"] == {"layer_norm": 1}
+    reason = "its weight is dequantized from int8, which no op here multiplies yet"
+    assert found["near_misses"] == [{"rule": "linear", "node": "z", "reason": reason, "value": "d2"}]
+    page = report.page()
+    assert page.count("<li ") == len(report.before) + len(report.after)
+    assert "<b>trimaran.layer_norm</b>" in page
+    assert "<b>ReduceMean</b>" in page
+    assert reason in page
+    assert "http" not in page, "nothing from outside"
+
+
+def test_names_in_a_page_are_text(tmp_path):
+    proto = model("y = Relu (x)", "float[b] x", "float[b] y")
+    proto.graph.node[0].name = "<script>alert(1)</script>"
+    onnx.save(proto, tmp_path / "in.onnx")
+    assert "<script>" not in trimaran.rewrite_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx").page()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    onnx.save(model(NORMS["the operator"], "float[b, s, 8] x", "float[b, s, 8] y", PARAMETERS), tmp_path / "in.onnx")
+    monkeypatch.chdir(tmp_path)
+    app(["rewrite", "in.onnx", "out.onnx", "--html", "page.html", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["replaced"] == {"layer_norm": 1}
+    assert "trimaran.layer_norm" in (tmp_path / "page.html").read_text()
+    assert app(["rewrite", "in.onnx", "out.onnx"], standalone_mode=False) == 2, "it exists"
+    assert "which exists" in capsys.readouterr().err
+
+
+def test_progress_is_told(tmp_path):
+    onnx.save(model(NORMS["the operator"], "float[b, s, 8] x", "float[b, s, 8] y", PARAMETERS), tmp_path / "in.onnx")
+    told = []
+    trimaran.rewrite_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", progress=lambda *now: told.append(now))
+    assert told[0] == ("shapes", 0.0)
+    assert told[-1] == ("done", 1.0)
+    assert [done for _, done in told] == sorted(done for _, done in told)

@@ -1,0 +1,213 @@
+"""Masks read back: which part hides keys, which is causal or a window, and what stays a bias."""
+
+import pytest
+import torch
+from rules import INF, assert_found, assert_left, rand
+from torch import nn
+
+F = nn.functional
+Q, K, V = rand(2, 4, 5, 8), rand(2, 4, 6, 8, seed=1), rand(2, 4, 6, 8, seed=2)
+SEEN = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1]]).bool()
+BIAS = rand(1, 4, 5, 6, seed=3)
+
+
+def weights(scores, v):
+    return scores.softmax(-1) @ v
+
+
+LOWEST = torch.finfo(torch.float32).min
+MASKED = {
+    "filled with -inf": (lambda s: s.masked_fill(~SEEN[:, None, None], -INF), ["key_mask"], "zero"),
+    "filled with a low number": (lambda s: s.masked_fill(~SEEN[:, None, None], -1e9), ["key_mask"], "mean"),
+    "== 0": (lambda s: s.masked_fill(SEEN.long()[:, None, None] == 0, -1e9), ["key_mask"], "mean"),
+    "where": (lambda s: torch.where(SEEN[:, None, None], s, LOWEST), ["key_mask"], "mean"),
+    "where, turned": (lambda s: torch.where(~SEEN[:, None, None], LOWEST, s), ["key_mask"], "mean"),
+    "added": (lambda s: s + torch.where(SEEN[:, None, None], 0.0, LOWEST), ["key_mask"], "mean"),
+    "added with a bias": (
+        lambda s: s + torch.where(SEEN[:, None, None], BIAS, LOWEST), ["bias", "key_mask"], "mean"),
+    "bias": (lambda s: s + BIAS, ["bias"], "zero"),
+    "two biases": (lambda s: s + BIAS - BIAS.exp(), ["bias"], "zero"),
+    "subtracted": (lambda s: s - BIAS, ["bias"], "zero"),
+    "neither by key nor a window": (lambda s: s.masked_fill(BIAS[:, :1] > 1, -INF), ["bias"], "zero"),
+    "zeros": (lambda s: s + torch.zeros(5, 6), [], "zero"),
+    "inverted floats": (
+        lambda s: s + (1 - SEEN.float()[:, None, None]) * -1e9, ["bias"], "zero"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_of_written_out_attention(name):
+    mask, inputs, row = MASKED[name]
+    found = assert_found(
+        lambda q, k, v: weights(mask(q @ k.mT), v), Q, K, V, op="attention", tolerance=1e-4, masked_row=row
+    )
+    assert [name for name in ("bias", "key_mask") if name in found[2]] == inputs
+
+
+def i():
+    return torch.arange(5)[:, None]
+
+
+def j():
+    return torch.arange(6)
+
+
+def in_one_document(jump=1, width=1, n=1):
+    """As transformers finds packed documents: a new one begins where positions jump."""
+    at, row = torch.arange(6)[None], torch.zeros(1, 1).long()
+    documents = (torch.diff(at, prepend=at[:, :width] - jump, n=n, dim=-1) != 1).cumsum(-1)
+    return documents[row, j()] == documents[row, i()]
+
+
+OPEN, CAUSAL = {}, {"causal": True}  # the query stands one further: there are six keys and five queries
+CONDITIONS = {
+    "at most": (lambda: j() <= i() + 1, CAUSAL),
+    "less": (lambda: j() < i() + 2, CAUSAL),
+    "at least": (lambda: i() + 1 >= j(), CAUSAL),
+    "greater": (lambda: i() + 2 > j(), CAUSAL),
+    "not greater": (lambda: ~(j() > i() + 1), CAUSAL),
+    "not less": (lambda: ~(i() + 1 < j()), CAUSAL),
+    "not at least": (lambda: torch.logical_not(j() >= i() + 2), CAUSAL),
+    "not at most": (lambda: (i() + 2 <= j()) == 0, CAUSAL),
+    "a difference": (lambda: j() - i() <= 1, CAUSAL),
+    "a negated difference": (lambda: -(i() - j()) <= 1, CAUSAL),
+    "and": (lambda: (j() <= i() + 1) & (j() > i() - 1), CAUSAL | {"window_left": 1}),
+    "times": (lambda: (j() <= i() + 1) * (j() > i() - 1), CAUSAL | {"window_left": 1}),
+    "not or": (lambda: ~((j() > i() + 1) | (j() <= i() - 1)), CAUSAL | {"window_left": 1}),
+    "twice": (lambda: (j() <= i() + 1) & (j() <= i() + 2), CAUSAL),
+    "both windows": (lambda: (j() > i() - 1) & (j() > i() - 2), {"window_left": 1}),
+    "or": (lambda: (j() <= i() + 1) | (j() > i() - 1), "bias"),
+    "band": (lambda: (j() - i() - 1).abs() <= 2, {"window_left": 2, "window_right": 2}),
+    "narrow band": (lambda: (j() - i() - 1).abs() < 2, {"window_left": 1, "window_right": 1}),
+    "band of something": (lambda: (j() * j() - i()).abs() <= 2, "bias"),
+    "band by a line": (lambda: (j() - i()).abs() <= j(), "bias"),
+    "to the right": (lambda: j() <= i() + 2, {"window_right": 1}),
+    "not up to the query": (lambda: j() <= i(), "bias"),
+    "not from the query": (lambda: j() >= i() + 2, "bias"),
+    "from the query": (lambda: j() >= i() + 1, {"window_left": 0}),
+    "steep": (lambda: j() + j() <= i(), "bias"),
+    "both grow": (lambda: j() + i() <= 6, "bias"),
+    "products": (lambda: j() * 1 * j() <= i(), "bias"),
+    "scaled sum": (lambda: torch.add(j(), i(), alpha=-1) <= 1, "bias"),
+    "floats": (lambda: j().float() <= i().float() + 1, "bias"),
+    "equal": (lambda: (j() == i()) | (j() != i()), "bias"),
+    "always": (lambda: j() >= 0, OPEN),
+    "always, of queries": (lambda: i() > -1, OPEN),
+    "never negative": (lambda: ~(j() < 0), OPEN),
+    "not always": (lambda: j() >= 1, "key_mask"),
+    "tril": (lambda: torch.tril(torch.ones(5, 6).bool(), 1), CAUSAL),
+    "tril, default": (lambda: torch.tril(torch.ones(6, 6))[:5] != 0, "bias"),
+    "not triu": (lambda: ~torch.triu(torch.ones(5, 6).bool(), 2), CAUSAL),
+    "triu": (lambda: torch.triu(torch.ones(5, 6).bool()), {"window_left": 1}),
+    "not tril": (lambda: ~torch.tril(torch.ones(5, 6).bool(), -1), {"window_left": 1}),
+    "tril of something": (lambda: torch.tril((j() != i()), 1), "bias"),
+    "tril of zeros": (lambda: ~torch.tril(torch.zeros(5, 6).bool(), 1), "bias"),
+    "from a start": (lambda: torch.arange(1, 7) <= i() + 2, CAUSAL),
+    "in steps": (lambda: torch.arange(0, 12, 2) <= i() + 1, "bias"),
+    "sliced": (lambda: torch.arange(8)[2:] <= i() + 3, CAUSAL),
+    "sliced in steps": (lambda: torch.arange(12)[::2] <= i() + 1, "bias"),
+    "sliced from the end": (lambda: torch.arange(12)[-6:] <= i() + 7, "bias"),
+    "unsqueezed, expanded, cast": (
+        lambda: j()[None].expand(5, 6).to(torch.int32) <= i().unsqueeze(0).to(torch.int32) + 1, CAUSAL),
+    "viewed": (lambda: j().view(1, 6) <= torch.arange(5).view(5, 1) + 1, CAUSAL),
+    "folded": (lambda: torch.arange(30).view(5, 6) <= 20, "bias"),
+    "repeated": (lambda: j()[None].repeat(5, 1) <= i() + 1, CAUSAL),
+    "repeated along": (lambda: torch.arange(3).repeat(2) <= i() + 1, "bias"),
+    "looked up": (lambda: torch.arange(1, 8)[j()] <= i() + 2, CAUSAL),
+    "looked up in a table": (lambda: torch.tensor([0, 1, 2, 3, 4, 5])[j()] <= i() + 1, "bias"),
+    "looked up by something": (lambda: torch.arange(7)[j() * j() % 7] <= i() + 1, "bias"),
+    "looked up in rows": (lambda: j()[None].repeat(6, 1)[j()[:5]] <= 3, "bias"),
+    "zeros added": (lambda: torch.zeros(6, dtype=torch.long) + j() <= i() + torch.full((1,), 1), CAUSAL),
+    "ones": (lambda: torch.ones(5, 6).bool(), OPEN),
+    "not zeros": (lambda: ~torch.zeros(5, 6).bool(), OPEN),
+    "full": (lambda: torch.full((5, 6), True), OPEN),
+    "full, new and like": (lambda: torch.full_like(j().new_full((6,), 3), 2) != 0, OPEN),
+    "ones, new and like": (lambda: torch.ones_like(j().new_ones(6)).expand(5, 6).bool(), OPEN),
+    "zeros, new and like": (lambda: torch.zeros_like(j().new_zeros(6)) == 0, OPEN),
+    "constants compared": (lambda: torch.ones(6) == torch.ones(5, 1), OPEN),
+    "constants unlike": (lambda: torch.ones(6) != torch.zeros(5, 1), OPEN),
+    "nothing": (lambda: torch.ones(6) == torch.zeros(5, 1), "bias"),
+    "counted zeros": (lambda: torch.zeros(6).cumsum(0) == 0, OPEN),
+    "counted ones": (lambda: torch.ones(6).cumsum(0) == 1, "key_mask"),
+    "one document": (lambda: in_one_document(), OPEN),
+    "two documents": (lambda: in_one_document(2), "bias"),
+    "second differences": (lambda: in_one_document(width=2, n=2), "bias"),
+    "two before the first": (lambda: in_one_document(width=2), "bias"),
+    "no start": (lambda: (torch.diff(torch.arange(7)) == 1), "key_mask"),
+    "of a constant": (lambda: torch.diff(torch.ones(6).long(), prepend=torch.ones(1).long()) == 0, "key_mask"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_conditions_on_positions(name):
+    condition, form = CONDITIONS[name]
+    attrs = {"causal": False, "window_left": -1, "window_right": -1}
+
+    def attend(q, k, v):
+        mask = condition()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[(None,) * (4 - mask.dim())])
+
+    attrs |= {} if isinstance(form, str) else form
+    found = assert_found(attend, Q, K, V, op="attention", **attrs)
+    inputs = [port for port in found[2] if port in ("bias", "key_mask")]
+    assert inputs == ([form] if isinstance(form, str) else [])
+
+
+@pytest.mark.parametrize("row", ["zero", "mean"])
+def test_a_row_without_keys_gives_what_it_gave(row):
+    nothing = torch.zeros(2, 1, 1, 6).bool()
+
+    def zero(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=nothing & (k[:, :1, :, 0] < 9)[:, :, None])
+
+    def mean(q, k, v):
+        return weights((q @ k.mT).masked_fill(~(nothing & (k[:, :1, :, 0] < 9)[:, :, None]), -1e9), v)
+
+    found = assert_found({"zero": zero, "mean": mean}[row], Q, K, V, op="attention", masked_row=row)
+    assert "key_mask" in found[2]
+
+
+SEEN_BY_KEY = SEEN[:, None, None]
+FORMS = {  # of sdpa's own mask: how, and which inputs of the op it becomes
+    "none": (lambda q: None, []),
+    "float": (lambda q: BIAS, ["bias"]),
+    "float, finite": (lambda q: torch.where(SEEN_BY_KEY, 0.0, LOWEST), ["key_mask"]),
+    "float, by number": (lambda q: torch.full((5, 6), -INF).triu(2), []),
+    "float, another triangle": (lambda q: torch.full((5, 6), -3.0).triu(2), ["bias"]),
+    "float, a triangle of something": (lambda q: BIAS[0].triu(2), ["bias"]),
+    "keys": (lambda q: SEEN_BY_KEY, ["key_mask"]),
+    "keys, as numbers": (lambda q: SEEN_BY_KEY.long() != 0, ["key_mask"]),
+    "keys twice": (lambda q: SEEN_BY_KEY & (K[:, :1, None, :, 0] > -9), ["key_mask"]),
+    "keys and causal": (lambda q: SEEN_BY_KEY & (j() <= i() + 1), ["key_mask"]),
+    "keys, expanded": (lambda q: SEEN_BY_KEY.expand(2, 1, 5, 6), ["key_mask"]),
+    "keys, looked up": (
+        lambda q: SEEN[torch.arange(2)[:, None, None, None], j()[None, None, None]].expand(2, 1, 5, 6), ["key_mask"]),
+    "keys, looked up otherwise": (
+        lambda q: SEEN[torch.arange(2).flip(0)[:, None, None, None], j()[None, None, None]], ["key_mask"]),
+    "for each head": (lambda q: q[..., :6] > 0, ["bias"]),
+    "two dimensions": (lambda q: BIAS[0, 0] > 0, ["bias"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_masks_of_sdpa(name):
+    mask, inputs = FORMS[name]
+    found = assert_found(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q)), Q, K, V, op="attention"
+    )
+    assert [port for port in found[2] if port in ("bias", "key_mask")] == inputs
+    assert ("key_lengths" in found[2]) is ("key_mask" in found[2])
+
+
+def test_a_mask_that_is_scaled_with_the_scores():
+    found = assert_found(
+        lambda q, k, v: weights((q @ k.mT + torch.where(SEEN_BY_KEY, 0.0, LOWEST)) / 2, v), Q, K, V, op="attention"
+    )
+    assert found[2] == ["q", "k", "v", "key_lengths", "key_mask"]
+
+
+def test_a_mask_of_another_dtype():
+    def attend(q, k, v):
+        return (q @ k.mT + BIAS.double()).softmax(-1).float() @ v
+
+    assert_left(attend, Q, K, V, op="attention", reason="the mask is float64 and q is float32")
