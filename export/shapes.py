@@ -17,6 +17,8 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
+from trimaran.torch_path.lines import plain
+
 MOST_NUMBERS = 64  # of which an integer tensor's contents are followed
 STANDARD = ("", "ai.onnx")
 FOREIGN = ("FusedMatMul", "MultiHeadAttention")  # com.microsoft's
@@ -46,14 +48,6 @@ _NUMBERS: dict[str, Callable[[Any, Any], Any]] = {
 
 def symbol(name: str) -> Any:
     return sympy.Symbol(name, integer=True, positive=True)
-
-
-def plain(size: Any) -> Any:
-    """An int where it is one, else an expanded polynomial."""
-    if size is None or isinstance(size, int):
-        return size
-    size = sympy.expand(size)
-    return int(size) if size.is_Integer else size
 
 
 def parsed(name: str) -> Any:

@@ -25,8 +25,8 @@ from trimaran.export.rules import attention as written_out
 from trimaran.export.rules.attention import Attention, checked, from_softmax
 from trimaran.export.rules.heads import ROWS, Operand, as_heads, followed
 from trimaran.export.rules.masks import Mask, MaskReader, Term, tighter
-from trimaran.export.shapes import plain
 from trimaran.kernels.attention import MAX_HEAD_DIM, attention
+from trimaran.torch_path.lines import plain
 
 ATTENTION_ANCHORS = ("Softmax", "Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention",
                      "DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention")  # fmt: skip

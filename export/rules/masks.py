@@ -17,8 +17,9 @@ import onnx_ir as ir
 from trimaran.export.algebra import Expansion
 from trimaran.export.onnx_graph import Inserter, dims, dtype_of, made_by, readable, same, scalar, sides, source
 from trimaran.export.report import Fault
-from trimaran.export.rules.positions import Bounds, bounds_of, fill_of
-from trimaran.export.shapes import broadcast_all, plain
+from trimaran.export.rules.positions import bounds_of, fill_of
+from trimaran.export.shapes import broadcast_all
+from trimaran.torch_path.lines import Bounds, plain
 
 LOWEST = {"float32": -3.4e38, "float16": -65504.0, "bfloat16": -3.38e38}  # added to a score, hides the key completely
 HIDES = -1e4  # instead of a score: so much lower than others has a weight of zero

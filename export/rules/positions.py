@@ -1,85 +1,37 @@
 """Conditions on positions: how far a key may stand from a query, read from the arithmetic that a mask is made by.
 
-A `Line` is an integer tensor that grows by a constant along the query axis and the key axis of a mask [.., Sq, Sk]:
-`Range(start, n) + offset` along one of them, or a sum or difference of such. Offsets may be symbolic (a cache's
-length). As `torch_path/rules/positions.py` does it in FX.
+`torch_path/lines.py` has the arithmetic itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from trimaran.export.onnx_graph import constant, dims, is_parameter, made_by, operand, permutation, same, scalar, source
-from trimaran.export.shapes import attr, given, numbers, plain, slice_arguments
+from trimaran.export.shapes import attr, given, numbers, slice_arguments
+from trimaran.torch_path.lines import KEY, QUERY, Bounds, Line, less, near, plain, triangle
 
-KEY, QUERY = 1, 2  # axes, counted from the end
 MOVES = ("Neg", "Cast", "Expand", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Slice")
 COMPARE = {"LessOrEqual": (0, 1, 0), "Less": (0, 1, 1), "GreaterOrEqual": (1, 0, 0), "Greater": (1, 0, 1)}
 OPPOSITE = {"LessOrEqual": "Greater", "Less": "GreaterOrEqual", "GreaterOrEqual": "Less", "Greater": "LessOrEqual"}
 
 
-@dataclass(frozen=True)
-class Line:
-    """sum of steps[axis] * index along the axis, plus offset"""
-
-    steps: dict[int, int]
-    offset: Any = 0
-
-    def plus(self, other: Line, sign: int = 1) -> Line:
-        axes = {*self.steps, *other.steps}
-        steps = {axis: self.steps.get(axis, 0) + sign * other.steps.get(axis, 0) for axis in axes}
-        return Line({axis: step for axis, step in steps.items() if step}, plain(self.offset + sign * other.offset))
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Keys from query + low to query + high are seen, both counted from 0; None: no bound on that side."""
-
-    low: Any = None
-    high: Any = None
-
-
 def bounds_of(condition: ir.Value, hidden: bool = False) -> Bounds | None:
     """What a bool tensor, or its opposite where it says what is hidden, says about key minus query; `Bounds()` where
     it always holds, None where it says more."""
-    triangle = _triangle(condition, hidden) or _table(condition, hidden)
+    known = _triangle(condition, hidden) or _table(condition, hidden)
     node = made_by(condition, *COMPARE)
-    if triangle is not None or node is None:
-        return triangle
+    if known is not None or node is None:
+        return known
     smaller, larger, slack = COMPARE[OPPOSITE[node.op_type] if hidden else node.op_type]
-    low, limit = line_of(node.inputs[smaller]), line_of(node.inputs[larger])
+    limit = line_of(node.inputs[larger])
     inner = made_by(node.inputs[smaller], "Abs")
-    if inner is not None and limit is not None and not limit.steps:  # |a - b| <= n
-        inside = line_of(inner.inputs[0])
-        if inside is None:
-            return None
-        reach = Line({}, plain(limit.offset - slack))
-        return _both(_bound(inside.plus(reach, -1)), _bound(Line({}).plus(inside, -1).plus(reach, -1)))
-    return None if low is None or limit is None else _bound(low.plus(limit, -1).plus(Line({}, slack)))
-
-
-def _bound(line: Line) -> Bounds | None:
-    """line <= 0"""
-    if line.steps == {KEY: 1, QUERY: -1}:
-        return Bounds(high=plain(-line.offset))
-    if line.steps == {KEY: -1, QUERY: 1}:
-        return Bounds(low=line.offset)
-    grows = any(step > 0 for step in line.steps.values())
-    return Bounds() if not grows and never_positive(line.offset) else None
-
-
-def _both(one: Bounds | None, other: Bounds | None) -> Bounds | None:
-    if one is None or other is None:
-        return None
-    return Bounds(*(a if b is None else b for a, b in ((one.low, other.low), (one.high, other.high))))
-
-
-def never_positive(number: Any) -> bool:
-    return number <= 0 if isinstance(number, int) else bool(getattr(number, "is_nonpositive", False))
+    if inner is not None and limit is not None and not limit.steps:
+        return near(line_of(inner.inputs[0]), limit.offset, slack)
+    return less(line_of(node.inputs[smaller]), limit, slack)
 
 
 def _triangle(condition: ir.Value, hidden: bool) -> Bounds | None:
@@ -89,13 +41,7 @@ def _triangle(condition: ir.Value, hidden: bool) -> Bounds | None:
     if node is None or fill_of(node.inputs[0]) not in (True, 1):
         return None
     diagonal = 0 if operand(node, 1) is None else scalar(node.inputs[1])
-    return None if diagonal is None else _side(attr(node, "upper", 1), int(diagonal), hidden)
-
-
-def _side(upper: int, diagonal: Any, hidden: bool) -> Bounds:
-    if upper:
-        return Bounds(high=plain(diagonal - 1)) if hidden else Bounds(low=diagonal)
-    return Bounds(low=plain(diagonal + 1)) if hidden else Bounds(high=diagonal)
+    return None if diagonal is None else triangle(bool(attr(node, "upper", 1)), int(diagonal), hidden)
 
 
 def _table(condition: ir.Value, hidden: bool) -> Bounds | None:
@@ -125,9 +71,9 @@ def _table(condition: ir.Value, hidden: bool) -> Bounds | None:
         return None
     seen = table.reshape(table.shape[-2:]) != 0
     ones = np.ones_like(seen)
-    for upper, triangle in ((0, np.tril(ones)), (1, np.triu(ones))):
-        if seen.shape[0] > 1 and np.array_equal(seen, triangle):
-            return _side(upper, plain(start[QUERY] - start[KEY]), hidden)
+    for upper, part in ((False, np.tril(ones)), (True, np.triu(ones))):
+        if seen.shape[0] > 1 and np.array_equal(seen, part):
+            return triangle(upper, plain(start[QUERY] - start[KEY]), hidden)
     return None
 
 

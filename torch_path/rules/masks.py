@@ -29,7 +29,8 @@ from trimaran.torch_path.graph import (
     size,
     value,
 )
-from trimaran.torch_path.rules.positions import KEY, Bounds, Line, bounds_of, constant_of, line_of
+from trimaran.torch_path.lines import KEY, Bounds, Line
+from trimaran.torch_path.rules.positions import bounds_of, constant_of, line_of
 
 HIDES = -1e4  # a score that is so much lower than others has a weight of zero
 _AND = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)

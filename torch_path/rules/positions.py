@@ -1,51 +1,28 @@
 """Conditions on positions: how far a key may stand from a query, read from the arithmetic that a mask is made by.
 
-A `Line` is an integer tensor that grows by a constant along the query axis and the key axis of a mask [.., Sq, Sk]:
-`arange(n) + offset` along one of them, or a sum or difference of such. Offsets may be symbolic (a cache's length).
+`torch_path/lines.py` has the arithmetic itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from trimaran.torch_path.graph import argument, aten, called, is_tensor, literal, same, value
+from trimaran.torch_path.lines import KEY, Bounds, Line, less, near, triangle
 
-KEY, QUERY = 1, 2  # axes, counted from the end
 _OPPOSITE = {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le"}
 _COMPARE = {"le": (0, 1, 0), "lt": (0, 1, 1), "ge": (1, 0, 0), "gt": (1, 0, 1)}  # args[i] + slack <= args[j]
-
-
-@dataclass(frozen=True)
-class Line:
-    """sum of steps[axis] * index along the axis, plus offset"""
-
-    steps: dict[int, int]
-    offset: Any = 0
-
-    def plus(self, other: Line, sign: int = 1) -> Line:
-        axes = {*self.steps, *other.steps}
-        steps = {axis: self.steps.get(axis, 0) + sign * other.steps.get(axis, 0) for axis in axes}
-        return Line({axis: step for axis, step in steps.items() if step}, self.offset + sign * other.offset)
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Keys from query + low to query + high are seen, both counted from 0; None: no bound on that side."""
-
-    low: Any = None
-    high: Any = None
 
 
 def bounds_of(condition: Node, hidden: bool = False) -> Bounds | None:
     """What a bool tensor, or its opposite where it says what is hidden, says about key minus query; `Bounds()` where
     it always holds, None where it says more."""
-    triangle = _triangle(condition, hidden)
-    if triangle is not None:
-        return triangle
+    known = _triangle(condition, hidden)
+    if known is not None:
+        return known
     name = getattr(condition.target, "_opname", "")
     if name not in _COMPARE or not is_tensor(condition):
         return None
@@ -57,34 +34,8 @@ def bounds_of(condition: Node, hidden: bool = False) -> Bounds | None:
         return None
     limit = line_of(high)
     if called(low, aten.abs.default) and limit is not None and not limit.steps:
-        inside = line_of(low.args[0])
-        if inside is None:
-            return None
-        reach = Line({}, limit.offset - slack)
-        return _both(_bound(inside.plus(reach, -1)), _bound(Line({}).plus(inside, -1).plus(reach, -1)))
-    least = line_of(low)
-    return None if least is None or limit is None else _bound(least.plus(limit, -1).plus(Line({}, slack)))
-
-
-def _bound(line: Line) -> Bounds | None:
-    """line <= 0"""
-    if line.steps == {KEY: 1, QUERY: -1}:
-        return Bounds(high=-line.offset)
-    if line.steps == {KEY: -1, QUERY: 1}:
-        return Bounds(low=line.offset)
-    grows = any(step > 0 for step in line.steps.values())
-    return Bounds() if not grows and _never_positive(line.offset) else None
-
-
-def _both(one: Bounds | None, other: Bounds | None) -> Bounds | None:
-    if one is None or other is None:
-        return None
-    return Bounds(*(a if b is None else b for a, b in ((one.low, other.low), (one.high, other.high))))
-
-
-def _never_positive(number: Any) -> bool:
-    expression = number.node.expr if isinstance(number, torch.SymInt) else number
-    return bool(getattr(expression, "is_nonpositive", None) or (isinstance(expression, int) and expression <= 0))
+        return near(line_of(low.args[0]), limit.offset, slack)
+    return less(line_of(low), limit, slack)
 
 
 def _triangle(node: Node, hidden: bool) -> Bounds | None:
@@ -92,9 +43,7 @@ def _triangle(node: Node, hidden: bool) -> Bounds | None:
     if not called(node, aten.tril.default, aten.triu.default) or constant_of(node.args[0]) not in (True, 1):
         return None
     diagonal = argument(node, 1, "diagonal", 0)
-    if called(node, aten.tril.default):
-        return Bounds(low=diagonal + 1) if hidden else Bounds(high=diagonal)
-    return Bounds(high=diagonal - 1) if hidden else Bounds(low=diagonal)
+    return triangle(called(node, aten.triu.default), diagonal, hidden)
 
 
 def line_of(node: Any) -> Line | None:
