@@ -36,7 +36,8 @@ from trimaran.benchmarks.workload import Case, inputs_of, padded_case, real_rows
 COPIES = 2  # of the inputs, see `Data`
 LEAST_ROUNDS = 5
 SLOW_SHARE = 0.5  # of a case's time, after which no slow engine gets ready any more
-KEPT_FOR_PROFILES = 0.1  # of the budget
+BUILD_SHARE = 0.5  # of the budget, after which no further engine is built
+KEPT_FOR_PROFILES = 0.1  # of what is left of it
 Emit = Callable[[str, dict[str, Any]], None]
 
 
@@ -81,6 +82,7 @@ class Worker:
         self.entries: list[Entry] = []
         self.first: dict[str, float] = {}  # the ceilings
         self.exact_twin: Any = None
+        self.least_left_s = BUILD_SHARE * plan.left_s()
         self.gemms = Gemms(self.subject)
 
     def at(self, engine: str, doing: str) -> None:
@@ -113,6 +115,8 @@ class Worker:
         found = EngineState(engine.name, engine.group, engine.ours)
         found.reason = self.plan.excluded.get(engine.name) or engine.why_not(self.subject) or ""
         found.failed = engine.name in self.plan.excluded
+        if not found.reason and self.plan.deadline and self.plan.left_s() < self.least_left_s:
+            found.reason = "left out: building the others took half of the budget"
         if not found.reason:
             clock = self.clock([])
             start, before = time.perf_counter(), clock.memory()

@@ -84,7 +84,7 @@ class Built:
 @dataclass(frozen=True)
 class Engine:
     """why_not: the reason in one line why it cannot run here, None where it can. slow: a new shape takes it many
-    seconds. exact: its numbers are in another dtype than the run's, so they do not set what is allowed."""
+    seconds."""
 
     name: str
     group: str
@@ -107,5 +107,6 @@ def torch_on_gpu(subject: Subject) -> str | None:
 
 
 def missing(package: str) -> str | None:
-    """That a package is not there, for the list of engines."""
-    return None if importlib.util.find_spec(package) is not None else f"{package} is not installed"
+    """That a package is not there. A mere folder of that name is none, such as our kernels/."""
+    found = importlib.util.find_spec(package)
+    return None if found is not None and found.origin is not None else f"{package} is not installed"
