@@ -19,9 +19,10 @@ SEED = 0
 ISSUE = ((1, 16), (1, 128), (8, 128), (32, 128), (8, 512), (32, 512))  # the table of targets
 TWO = ((1, 128), (8, 512))
 NO_POOLER = {"add_pooling_layer": False}
+# without a padding token its forward does not look for one in the ids, which waits for the GPU and cannot be captured
 DEBERTA = {"relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
            "pos_att_type": "p2c|c2p", "position_biased_input": False, "max_relative_positions": -1,
-           "type_vocab_size": 0, "layer_norm_eps": 1e-7, "vocab_size": 128100}  # fmt: skip
+           "pad_token_id": None, "type_vocab_size": 0, "layer_norm_eps": 1e-7, "vocab_size": 128100}  # fmt: skip
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
             "num_key_value_heads": 8, "vocab_size": 128256, "head_dim": 64, "rope_theta": 500000.0,
             "max_position_embeddings": 8192}  # fmt: skip
