@@ -15,7 +15,7 @@ from trimaran.benchmarks.engines.catalog import chosen
 from trimaran.benchmarks.engines.ours import IN_PYTORCH
 from trimaran.benchmarks.machine import environment, version
 from trimaran.benchmarks.models import PRESETS, SEED, shapes_of
-from trimaran.benchmarks.result import VERSION, Result, write_csv
+from trimaran.benchmarks.result import VERSION, Result, load, write_csv
 from trimaran.benchmarks.sidebyside import METHOD
 from trimaran.benchmarks.supervise import supervise
 from trimaran.benchmarks.worker import Plan
@@ -94,15 +94,17 @@ def bench(plan: Plan, folder: Path, console: Console, with_cold: bool = False) -
                                   live.at):  # fmt: skip
                 result.cold.append(found)
                 result.write(recorder.stem.with_suffix(".json"))
-    write_reports(result, recorder.stem)
-    return result
+    result.write(recorder.stem.with_suffix(".json"))
+    return write_reports(recorder.stem)
 
 
-def write_reports(result: Result, stem: Path) -> None:
-    result.write(stem.with_suffix(".json"))
+def write_reports(stem: Path) -> Result:
+    """Everything beside the JSON, of what is written there: its digits are rounded."""
+    result = load(stem.with_suffix(".json"))
     write_csv(result, stem.with_suffix(".csv"))
     plots.write(result, stem)
     stem.with_suffix(".html").write_text(page.page(result), encoding="utf-8")
+    return result
 
 
 def cold_engines(result: Result) -> list[str]:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from trimaran.benchmarks.engines.contract import Inputs, Subject
+from trimaran.benchmarks.machine import noise
 from trimaran.benchmarks.measure import copies_for, percentile, watch_for
 from trimaran.benchmarks.models import parameters
 from trimaran.benchmarks.workload import Case
@@ -97,9 +98,9 @@ class Gemms:
 
     def timed(self, m: int, k: int, n: int) -> float:
         device, dtype = self.subject.device, self.subject.dtype
-        x = torch.randn(m, k, device=device).to(dtype)
+        x = noise((m, k), device, dtype)
         copies = copies_for([torch.empty(n, k, dtype=dtype, device="meta"), x], device)
-        weights = [torch.randn(n, k, device=device).to(dtype) for _ in range(copies)]
+        weights = [noise((n, k), device, dtype) for _ in range(copies)]
 
         def product(weight: torch.Tensor) -> Callable[[], Any]:
             return lambda: F.linear(x, weight)

@@ -28,7 +28,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, warm_s: float = WARM_S) -
     count, side = (2**30, 8192) if cuda else (2**24, 512)  # bytes of the copied tensor; rows of the square matrices
     source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    a, b = (noise((side, side), device, dtype) for _ in range(2))
     product = torch.empty_like(a)
 
     def matmul() -> Any:
@@ -40,6 +40,11 @@ def ceilings(device: torch.device, dtype: torch.dtype, warm_s: float = WARM_S) -
     matmul_ms = median_ms(matmul, device)
     copy_ms = median_ms(lambda: target.copy_(source), device)
     return {"copy": 2 * count / copy_ms / 1e9, "matmul": 2 * side**3 / matmul_ms / 1e9}
+
+
+def noise(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Random data by a generator of its own: torch's default one is no use any more once a capture has failed."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
 
 
 def warm(run: Callable[[], Any], device: torch.device, seconds: float) -> None:

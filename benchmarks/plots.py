@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from trimaran.benchmarks.engines.catalog import groups
-from trimaran.benchmarks.report import OURS
+from trimaran.benchmarks.report import OURS, digest
 from trimaran.benchmarks.result import CaseResult, Result
 from trimaran.benchmarks.summary import wall
 
@@ -30,14 +30,14 @@ def write(result: Result, stem: Path) -> None:
     """`stem.png` and `stem.svg`."""
     stem.with_suffix(".svg").write_text(svg(result), encoding="utf-8")
     with matplotlib.rc_context(STYLE):
-        figure(result).savefig(stem.with_suffix(".png"), dpi=120)
+        figure(result).savefig(stem.with_suffix(".png"), dpi=120, metadata={"Source": digest(result.as_dict())})
 
 
 def svg(result: Result) -> str:
     """The figure as text; the same for the same result, so without a date."""
     written = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        figure(result).savefig(written, format="svg", metadata={"Date": None, "Creator": "trimaran bench"})
+        figure(result).savefig(written, format="svg", metadata={"Date": None, "Source": digest(result.as_dict())})
     return written.getvalue()
 
 
