@@ -101,10 +101,21 @@ def subject_of(name: str, dtype: torch.dtype, device: torch.device, folder: Path
     if path.is_dir():
         return from_folder(path, dtype, device, folder)
     if path.is_file() and path.suffix == ".onnx":
-        source = f"the ONNX file {path.name}"
-        return Subject(path.stem, None, dtype, device, folder, file=path.resolve(), source=source)
+        source = f"the ONNX file {path.name}, in its own dtype"
+        return Subject(path.stem, None, dtype_of(path), device, folder, file=path.resolve(), source=source)
     known = ", ".join(PRESETS)
     raise ValueError(f"model is {name!r}, expected a folder, an .onnx file, or one of {known}")
+
+
+def dtype_of(path: Path) -> torch.dtype:
+    """Of the first output of an ONNX file. ValueError where that is none of floating point."""
+    import onnx_ir as ir
+
+    output = ir.load(path).graph.outputs[0]
+    known = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
+    if output.dtype is None or output.dtype.name not in known:
+        raise ValueError(f"the first output of {path.name} is {output.dtype}, expected one of {', '.join(known)}")
+    return known[output.dtype.name]
 
 
 def from_preset(name: str, preset: Preset, dtype: torch.dtype, device: torch.device, folder: Path) -> Subject:

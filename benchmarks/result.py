@@ -151,7 +151,7 @@ class Result:
     def take(self, kind: str, told: dict[str, Any]) -> None:
         """An event of the worker. A worker that takes another's place tells of its engines again: the latest counts."""
         if kind == "model":
-            self.source, self.parameters = told["source"], told["parameters"]
+            self.source, self.parameters, self.dtype = told["source"], told["parameters"], told["dtype"]
         elif kind == "ceilings":
             self.ceilings.append(told)
         elif kind == "engine":

@@ -15,6 +15,8 @@ from trimaran.benchmarks.result import CaseResult, Result, median, ms, percent, 
 from trimaran.benchmarks.sidebyside import Row
 from trimaran.benchmarks.summary import headlines, lost
 
+FEW = 6  # cases that are shown row by row; the page has them all
+
 
 class Live:
     """The headlines so far, and under them what is being done."""
@@ -129,7 +131,8 @@ def verdict(result: Result) -> str:
 
 def report(result: Result) -> RenderableType:
     """All of it."""
-    parts: list[Any] = [case_table(result, case) for case in result.cases]
+    few = len(result.cases) <= FEW
+    parts: list[Any] = [case_table(result, case) for case in result.cases] if few else []
     parts += [Text(f"not measured: {text}", style="dim") for text in refused(result)]
     parts.append(headline_table(result))
     if losses := len(lost(result)):

@@ -24,6 +24,7 @@ import torch
 from trimaran.benchmarks import streams
 from trimaran.benchmarks.engines.catalog import ENGINES, REFERENCE
 from trimaran.benchmarks.engines.contract import Engine
+from trimaran.benchmarks.engines.ort import GIVEN
 from trimaran.benchmarks.engines.ours import IN_PYTORCH
 from trimaran.benchmarks.engines.transformers_eager import floats
 from trimaran.benchmarks.limits import Gemms, limit_ms, work_of
@@ -53,6 +54,7 @@ class Plan:
     deadline: float = 0.0
     stream_s: float = 0.0
     profile: bool = True
+    warm_s: float = COLD_S  # of warming the GPU up
     excluded: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -60,9 +62,10 @@ class Plan:
         found = json.loads(text)
         return cls(**found | {"cases": [Case(**case) for case in found["cases"]]})
 
-    def starting_now(self, budget_s: float) -> Plan:
-        """With so many seconds from now on; 0 for as many as it takes."""
-        return replace(self, deadline=time.time() + budget_s if budget_s else 0.0)
+    def starting_now(self, budget_s: float, idle: bool = True) -> Plan:
+        """With so many seconds from now on; 0 for as many as it takes. idle: whether the GPU was, until now."""
+        deadline = time.time() + budget_s if budget_s else 0.0
+        return replace(self, deadline=deadline, warm_s=COLD_S if idle else WARM_S)
 
     def left_s(self) -> float:
         return self.deadline - time.time() if self.deadline else float("inf")
@@ -74,9 +77,9 @@ class Worker:
     def __init__(self, plan: Plan, emit: Emit, folder: Path, engines: Sequence[Engine] = ENGINES) -> None:
         self.plan, self.emit = plan, emit
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = getattr(torch, plan.dtype)
         self.at("", f"making {plan.model}")
-        self.subject = subject_of(plan.model, self.dtype, self.device, folder)
+        self.subject = subject_of(plan.model, getattr(torch, plan.dtype), self.device, folder)
+        self.dtype = self.subject.dtype
         self.subject.max_graphs = len(plan.cases) + 8
         self.catalog = [engine for engine in engines if engine.name in plan.engines]
         self.entries: list[Entry] = []
@@ -89,9 +92,10 @@ class Worker:
         self.emit("at", {"engine": engine, "doing": doing})
 
     def run(self) -> None:
-        self.emit("model", {"source": self.subject.source, "parameters": parameters(self.subject.module)[0]})
+        made = {"source": self.subject.source, "parameters": parameters(self.subject.module)[0]}
+        self.emit("model", made | {"dtype": str(self.dtype).removeprefix("torch.")})
         self.at("", "measuring the ceilings")
-        self.first = ceilings(self.device, self.dtype, COLD_S)
+        self.first = ceilings(self.device, self.dtype, self.plan.warm_s)
         self.emit("ceilings", self.first)
         for engine in self.catalog:
             self.build(engine)
@@ -147,8 +151,9 @@ class Worker:
         def used() -> float:
             return (time.perf_counter() - start) / share
 
+        reference = REFERENCE if self.subject.module is not None else GIVEN
         rows = measure(
-            self.entries, data, reference=REFERENCE, dtype=self.dtype, clock=self.clock(inputs),
+            self.entries, data, reference=reference, dtype=self.dtype, clock=self.clock(inputs),
             rounds=self.plan.rounds, seed=SEED,
             enough=lambda done: done >= LEAST_ROUNDS and used() >= 1,
             affordable=lambda entry: used() + entry.last_s / share <= SLOW_SHARE,

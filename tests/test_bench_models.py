@@ -125,3 +125,16 @@ def test_the_unpadded_forward_is_the_padded_one(family, tmp_path, monkeypatch):
         assert not found[~inputs["attention_mask"].bool()].any()
         with pytest.raises(Inapplicable, match="nothing is padded here"):
             call(inputs_of(subject, Case(5, 20)))
+
+
+def test_a_file_is_run_in_its_own_dtype(tmp_path):
+    from onnx import parser, save
+
+    text = '<ir_version: 10, opset_import: ["" : 17]> net (float16[b, 4] x) => (float16[b, 4] y) { y = Relu (x) }'
+    save(parser.parse_model(text), tmp_path / "net.onnx")
+    subject = subject_of(str(tmp_path / "net.onnx"), torch.float32, CPU, tmp_path)
+    assert subject.dtype == torch.float16
+    assert inputs_of(subject, Case(3, 4))["x"].shape == (3, 4)
+    save(parser.parse_model(text.replace("float16", "int64")), tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match="expected one of FLOAT, FLOAT16"):
+        subject_of(str(tmp_path / "net.onnx"), torch.float32, CPU, tmp_path)

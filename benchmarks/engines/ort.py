@@ -18,6 +18,7 @@ from trimaran.ort_ops.session import Provider, ort_session
 
 GROUP = "onnxruntime"
 TENSORRT = "TensorrtExecutionProvider"
+GIVEN = "onnxruntime given file"  # the reference where there is no other
 GRAPH_IDS = itertools.count(1)
 
 
@@ -225,7 +226,7 @@ def no_fusing_exporter(subject: Subject) -> str | None:
 
 
 ENGINES = (
-    Engine("onnxruntime given file", GROUP, running("as given"), only_for_files),
+    Engine(GIVEN, GROUP, running("as given"), only_for_files),
     Engine("onnxruntime torch export opset 20", GROUP, running("dynamo-20"), exporters),
     Engine("onnxruntime torch export opset 23", GROUP, running("dynamo-23"), exporters),
     Engine("onnxruntime TorchScript + ORT optimizer", GROUP, running("optimized"), no_optimizer),

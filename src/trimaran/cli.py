@@ -303,8 +303,8 @@ def bench_run(
         errors.print(str(error), style="red", markup=False)
         raise typer.Exit(2) from error
     failures = []
-    for plan in plans:
-        found = job.bench(plan.starting_now(budget), out, errors, cold)
+    for number, plan in enumerate(plans):
+        found = job.bench(plan.starting_now(budget, idle=number == 0), out, errors, cold)
         console.print(json.dumps(found.as_dict(), indent=2) if as_json else tables.report(found), markup=False)
         failures += [f"{found.model}: {failure}" for failure in job.failures(found)]
     for failure in failures:
