@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from bench_fakes import result
 from rich.console import Console
+from transformers.exporters import OnnxConfig
 from typer.testing import CliRunner
 
 from trimaran.benchmarks import bench, changes, page, plots, summary, tables
+from trimaran.benchmarks.engines.catalog import ENGINES
 from trimaran.benchmarks.result import Cold, Row, Stream, load, write_csv
+from trimaran.benchmarks.worker import work
 from trimaran.cli import app
 
 
@@ -273,18 +276,54 @@ def test_engines_are_chosen_by_group_or_by_a_part_of_their_names():
     assert len([name for name in names if name.startswith("trimaran")]) == len(names) - 2 == 5
 
 
-def test_a_run_on_this_cpu_writes_everything(tmp_path, monkeypatch):
+def ran(tmp_path, monkeypatch, *arguments):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    arguments = ["--engines", "eager,PyTorch", "--shapes", "2x12", "--rounds", "2", "--out", str(tmp_path)]
-    done = CliRunner().invoke(app, ["bench", "tiny-bert", *arguments])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the worker's process
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    done = CliRunner().invoke(app, ["bench", "tiny-bert", "--rounds", "2", "--out", str(tmp_path), *arguments])
     assert done.exit_code == 0, done.output
     found = load(tmp_path / "tiny-bert.json")
     assert found.complete
-    assert [case.name for case in found.cases] == ["2 x 12", "2 x 12, uniform"]
-    assert {row.engine for row in found.cases[1].timed()} == {"transformers eager", "trimaran PyTorch"}
     assert found.source == "random weights, seed 0"
     for suffix in (".csv", ".png", ".svg", ".html"):
         assert (tmp_path / f"tiny-bert{suffix}").stat().st_size > 1000
-    assert "trimaran PyTorch" in done.output
-    assert "transformers eager fp32: the run is in fp32" in " ".join(done.output.split())
+    return found, " ".join(done.output.split())
+
+
+def test_a_run_on_this_cpu_writes_everything(tmp_path, monkeypatch):
+    def in_this_process(plan, result, take, log):
+        work(plan, lambda kind, told: take(kind, json.loads(json.dumps(told))))
+
+    monkeypatch.setattr(bench, "supervise", in_this_process)
+    found, output = ran(tmp_path, monkeypatch, "--engines", "eager,PyTorch", "--shapes", "2x12")
+    assert [case.name for case in found.cases] == ["2 x 12", "2 x 12, uniform"]
+    assert {row.engine for row in found.cases[1].timed()} == {"transformers eager", "trimaran PyTorch"}
+    assert "trimaran PyTorch" in output
+    assert "transformers eager fp32: the run is in fp32" in output
+    assert "on a CPU, which has fewer engines" in found.method
+
+
+@pytest.mark.slow
+def test_all_engines_of_this_cpu(tmp_path, monkeypatch):
+    found, _ = ran(tmp_path, monkeypatch, "--shapes", "2x12")
+    assert [state.name for state in found.engines] == [engine.name for engine in ENGINES]
+    runs = {state.name for state in found.engines if state.group in ("onnxruntime", "trimaran")} - {
+        "onnxruntime given file", "onnxruntime TensorRT provider", "onnxruntime TorchScript + ORT optimizer packed",
+    }  # fmt: skip
+    runs.add("transformers eager")
+    if "ort_fusions" not in OnnxConfig.__dataclass_fields__:
+        runs -= {"onnxruntime transformers exporter fusions"}
+    assert {state.name for state in found.engines if not state.reason} == runs
+    for case in found.cases:
+        assert {row.engine for row in case.timed()} == runs
+
+
+@pytest.mark.slow
+def test_a_cold_start_and_an_open_loop_on_this_cpu(tmp_path, monkeypatch):
+    more = ["--engines", "eager,PyTorch", "--shapes", "1x12", "--cold", "--open-loop", "0.3"]
+    found, _ = ran(tmp_path, monkeypatch, *more)
+    runs = {"transformers eager", "trimaran PyTorch"}
+    assert {row.engine for row in found.streams if row.p99_ms} == runs
+    assert len({row.load for row in found.streams}) == 2
+    assert [(row.reason, row.cache) for row in found.cold] == [("", "empty"), ("", "warm")] * 2
+    assert {row.engine for row in found.cold} == runs
