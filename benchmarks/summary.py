@@ -1,0 +1,93 @@
+"""What a result says in a few lines: the best peer first, Kernl's baseline second, and where we lose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trimaran.benchmarks.engines.transformers_eager import AUTOCAST
+from trimaran.benchmarks.measure import percentile
+from trimaran.benchmarks.result import CaseResult, Result, percent, ratio
+from trimaran.benchmarks.sidebyside import Row
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One case. Wall times in ms; `speedup` is the best peer's time over our best, `over_baseline` that of
+    transformers under autocast. None where one was not timed."""
+
+    case: str
+    peer: str
+    peer_ms: float | None
+    baseline_ms: float | None
+    ours: str
+    ours_ms: float | None
+    speedup: dict[str, float] | None
+    over_baseline: float | None
+    percent_of_limit: float | None
+    percent_of_gemms: float | None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the best peer is faster than all of ours."""
+        return self.speedup is not None and self.speedup["median"] < 1
+
+
+def headline(result: Result, case: CaseResult) -> Headline:
+    peer, mine, baseline = result.best_peer(case), result.best_of_ours(case), case.row(AUTOCAST)
+    ours_ms, baseline_ms = wall(mine), wall(baseline)
+    return Headline(
+        case.name,
+        peer.engine if peer else "",
+        wall(peer),
+        baseline_ms,
+        mine.engine if mine else "",
+        ours_ms,
+        ratio(peer, mine) if mine else None,
+        baseline_ms / ours_ms if baseline_ms and ours_ms else None,
+        percent(case.limit_ms, mine) if mine else None,
+        percent(case.gemms_ms, mine) if mine else None,
+    )
+
+
+def headlines(result: Result) -> list[Headline]:
+    return [headline(result, case) for case in result.cases]
+
+
+def wall(row: Row | None) -> float | None:
+    return percentile(row.wall_ms, 50) if row is not None and row.wall_ms else None
+
+
+def lost(result: Result) -> list[tuple[str, str, float, str, float]]:
+    """(case, one of ours, its ms, the best peer, its ms) wherever one of ours is slower than the best peer."""
+    found = []
+    for case in result.cases:
+        peer = result.best_peer(case)
+        for row in case.timed():
+            mine, best = wall(row), wall(peer)
+            if peer and result.is_ours(row.engine) and mine and best and mine > best:
+                found.append((case.name, row.engine, mine, peer.engine, best))
+    return found
+
+
+def memory(result: Result) -> list[tuple[str, float, float, int]]:
+    """(engine, MiB of the device when it was built, MiB of all shapes, how many shapes), where it was measured."""
+    found = []
+    for state in result.engines:
+        shapes = [row.prepare_mib for case in result.cases for row in case.timed() if row.engine == state.name]
+        known = [mib for mib in shapes if mib is not None]
+        if state.build_mib is not None and known:
+            found.append((state.name, state.build_mib, sum(known), len(known)))
+    return found
+
+
+def sentence(found: Headline) -> str:
+    """One case in words."""
+    if found.ours_ms is None or found.peer_ms is None or found.speedup is None:
+        return f"{found.case}: " + ("none of ours was timed" if found.ours_ms is None else "no peer was timed")
+    factor = found.speedup["median"]
+    than = f"{factor:.2f} times as fast as" if factor >= 1 else f"{1 / factor:.2f} times as slow as"
+    peer = f"the best peer ({found.peer}, {found.peer_ms:.3g} ms)"
+    text = f"{found.case}: {found.ours} {found.ours_ms:.3g} ms, {than} {peer}"
+    if found.over_baseline:
+        text += f"; {found.over_baseline:.1f} times transformers under autocast"
+    return text
