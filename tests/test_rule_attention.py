@@ -111,13 +111,6 @@ def test_attention_spelt_otherwise(name):
     assert_found(SPELT_OTHERWISE[name], Q, K, V, op="attention", tolerance=1e-4, scale=1.0)
 
 
-def written_between(q, k, v):
-    v = v + 1
-    p = (q @ k.mT).softmax(-1)
-    v[0].mul_(2)
-    return p @ v
-
-
 def used_twice(q, k, v):
     p = (q @ k.mT).softmax(-1)
     return p @ v, p
@@ -158,7 +151,6 @@ NO_ATTENTION = {
     "values of another dtype": (lambda q, k, v: weights(q @ k.mT, v.double(), dtype=torch.float64), "v is float64"),
     "a capped mask": (lambda q, k, v: weights(torch.tanh((q @ k.mT).masked_fill(~CAUSAL, -1e9)) * 2, v),
                       "before they are capped"),
-    "written before the product": (written_between, "v is written into before"),
     "scaled by a tensor": (lambda q, k, v: torch.bmm((q[0] @ k[0].mT * k.sum()).softmax(-1), v[0]),
                             "no product of queries and keys"),
     "through something else": (lambda q, k, v: (q @ k.mT).softmax(-1).relu() @ v, "go through aten.relu.default"),

@@ -22,7 +22,6 @@ from trimaran.torch_path.graph import (
     called,
     dtype_of,
     is_tensor,
-    mutation_between,
     replace,
     same,
     same_shape,
@@ -42,7 +41,6 @@ _VIEWS = (*RESHAPES, aten.transpose.int, aten.unflatten.int, *_COPIES)
 class Attention:
     """What an attention is made of. q, k and v are terms [B, H or Hkv, S, D], or [B*H, S, D]."""
 
-    start: Node  # where q and k are read
     end: Node  # what is replaced
     q: Term
     k: Term
@@ -53,7 +51,7 @@ class Attention:
 
 
 def check_attention(node: Node) -> Attention | str | None:
-    return from_softmax(node) if called(node, aten.softmax.int) else from_sdpa(node)
+    return from_softmax(node) if node.target is aten.softmax.int else from_sdpa(node)
 
 
 def from_sdpa(node: Node) -> Attention | str:
@@ -80,7 +78,7 @@ def from_sdpa(node: Node) -> Attention | str:
     grouped = node.kwargs.get("enable_gqa", False) or value(k).shape[1] == value(v).shape[1] == 1
     if not grouped and not same(value(q).shape[1], value(k).shape[1]):
         return f"q has {value(q).shape[1]} heads and k {value(k).shape[1]}, without enable_gqa"
-    return with_operands(node, node, (q, k, v), float(scale), 0.0, reader.mask)
+    return with_operands(node, (q, k, v), float(scale), 0.0, reader.mask)
 
 
 def read_argument(reader: MaskReader, mask: Any, dtype: str) -> str | None:
@@ -114,7 +112,7 @@ def from_softmax(node: Node) -> Attention | str | None:
         if problem is not None:
             return problem
     sources = [split_heads(x, len(shape)) for x in (scores.q, scores.k, v)]
-    return with_operands(scores.product, end, sources, scores.scale, scores.softcap, reader.mask)
+    return with_operands(end, sources, scores.scale, scores.softcap, reader.mask)
 
 
 def split_heads(node: Any, rank: int) -> Any:
@@ -126,7 +124,7 @@ def split_heads(node: Any, rank: int) -> Any:
     return source if split else node
 
 
-def with_operands(start: Node, end: Node, sources: Any, scale: float, softcap: float, mask: Mask) -> Attention | str:
+def with_operands(end: Node, sources: Any, scale: float, softcap: float, mask: Mask) -> Attention | str:
     """The match, or the reason why these are not operands of the op."""
     q, k, v = sources
     rank = value(q).dim() if is_tensor(q) else 0
@@ -135,8 +133,6 @@ def with_operands(start: Node, end: Node, sources: Any, scale: float, softcap: f
             return f"{name} has {value(x).dim()} dimensions and q {rank}"
         if dtype_of(x) not in attention.types["T"] or dtype_of(x) != dtype_of(q):
             return f"{name} is {dtype_of(x)}, supported are {', '.join(attention.types['T'])}, all alike"
-        if mutation_between(x, start, end) is not None:
-            return f"{name} is written into before the weights are multiplied with v"
     problem = broadcast_of(value(q).shape, value(k).shape, value(v).shape)
     if problem is not None:
         return problem
@@ -150,7 +146,7 @@ def with_operands(start: Node, end: Node, sources: Any, scale: float, softcap: f
     if rank == 4 and same(value(narrow[0]).shape[1], value(narrow[1]).shape[1]):
         k, v = narrow
     (q, q_scale), (k, k_scale) = scaled_below(q, ()), scaled_below(k, k_cast)
-    return Attention(start, end, q, k, Term(v, v_cast), scale * q_scale * k_scale, softcap, mask)
+    return Attention(end, q, k, Term(v, v_cast), scale * q_scale * k_scale, softcap, mask)
 
 
 def broadcast_of(q: Any, k: Any, v: Any) -> str | None:
