@@ -66,6 +66,35 @@ def test_half_precision_with_an_fp32_softmax():
     assert_found(attend, *(t.bfloat16() for t in (Q, K, V)), op="attention", tolerance=0.05, scale=1.0)
 
 
+WIDE = {  # products in fp32 of what is in half precision: the op's own
+    "cast": lambda q, k, v: (q.float() @ k.float().mT).softmax(-1).to(v.dtype) @ v,
+    "scaled": lambda q, k, v: (q.float() * 0.5 @ (k.float() / 0.5).mT).softmax(-1).to(v.dtype) @ v,
+    "viewed": lambda q, k, v: (q.mT.float().mT @ k.float().mT).softmax(-1).to(v.dtype) @ v,
+    "large": lambda q, k, v: (((q * 900).float() @ (k * 900).float().mT) / 900**2).softmax(-1).to(v.dtype) @ v,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", WIDE)
+def test_half_precision_with_fp32_scores(name, dtype):
+    tolerance = 0.005 if dtype == torch.float16 else 0.03
+    found = assert_found(WIDE[name], *(t.to(dtype) for t in (Q, K, V)), op="attention", tolerance=tolerance)
+    assert found[1]["scale"] == pytest.approx(1 / 900 if name == "large" else 1.0)
+
+
+NOT_WIDE = {
+    "queries": lambda q, k, v: (q.float() @ k.bfloat16().float().mT).softmax(-1).to(v.dtype) @ v,
+    "neither": lambda q, k, v: (q.float().sin() @ k.float().mT).softmax(-1).to(v.dtype) @ v,
+    "rounded": lambda q, k, v: (q.bfloat16().float() @ k.float().mT).softmax(-1).to(v.dtype) @ v,
+}
+
+
+@pytest.mark.parametrize("name", NOT_WIDE)
+def test_fp32_scores_of_something_else(name):
+    half = [t.half() for t in (Q, K, V)]
+    assert_left(NOT_WIDE[name], *half, op="attention", reason="q and k are float32 and v is not")
+
+
 @pytest.mark.parametrize("repeat", ["expand", "repeat_interleave"])
 @pytest.mark.parametrize("written_out", [False, True])
 def test_grouped_heads_are_not_repeated(repeat, written_out):

@@ -68,7 +68,7 @@ def from_sdpa(node: Node) -> Attention | str:
     if not isinstance(scale, (int, float)):
         return "the scale is computed at run time"
     reader = MaskReader(value(q).shape, value(k).shape[2])
-    problem = read_argument(reader, argument(node, 3, "attn_mask"), dtype_of(q))
+    problem = read_argument(reader, argument(node, 3, "attn_mask"), q)  # type: ignore[arg-type]
     if problem is not None:
         return problem
     if is_causal:
@@ -81,11 +81,13 @@ def from_sdpa(node: Node) -> Attention | str:
     return with_operands(node, (q, k, v), float(scale), 0.0, reader.mask)
 
 
-def read_argument(reader: MaskReader, mask: Any, dtype: str) -> str | None:
+def read_argument(reader: MaskReader, mask: Any, q: Node) -> str | None:
     """Read sdpa's attn_mask."""
     if mask is None:
         return None
-    return reader.seen(Term(mask)) if value(mask).dtype == torch.bool else reader.added(Term(mask), dtype)
+    if value(mask).dtype == torch.bool:
+        return reader.seen(Term(mask))
+    return reader.added(Term(mask), dtype_of(q), value(q).dtype)
 
 
 def from_softmax(node: Node) -> Attention | str | None:
@@ -103,7 +105,7 @@ def from_softmax(node: Node) -> Attention | str | None:
         return f"its scores have {len(shape)} dimensions, expected [B, H, Sq, Sk] or [B*H, Sq, Sk]"
     reader = MaskReader((1, *shape) if len(shape) == 3 else shape, shape[-1])  # heads of a batch of one
     for term in scores.terms:
-        problem = reader.added(term, dtype_of(scores.q))
+        problem = reader.added(term, dtype_of(v), value(scores.product).dtype)
         if problem is not None:
             return problem
     for term, fill in scores.seen:
@@ -131,7 +133,9 @@ def with_operands(end: Node, sources: Any, scale: float, softcap: float, mask: M
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not is_tensor(x, rank=rank):
             return f"{name} has {value(x).dim()} dimensions and q {rank}"
-        if dtype_of(x) not in attention.types["T"] or dtype_of(x) != dtype_of(q):
+    wide = dtype_of(q) == dtype_of(k) == "float32" and dtype_of(v) in ("float16", "bfloat16")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if dtype_of(x) not in attention.types["T"] or (dtype_of(x) != dtype_of(q) and not wide):
             return f"{name} is {dtype_of(x)}, supported are {', '.join(attention.types['T'])}, all alike"
     problem = broadcast_of(value(q).shape, value(k).shape, value(v).shape)
     if problem is not None:
@@ -146,7 +150,22 @@ def with_operands(end: Node, sources: Any, scale: float, softcap: float, mask: M
     if rank == 4 and same(value(narrow[0]).shape[1], value(narrow[1]).shape[1]):
         k, v = narrow
     (q, q_scale), (k, k_scale) = scaled_below(q, ()), scaled_below(k, k_cast)
+    if wide:
+        q, k = (before_fp32(term, dtype_of(v)) for term in (q, k))
+        if q is None or k is None:
+            return "q and k are float32 and v is not"
     return Attention(end, q, k, Term(v, v_cast), scale * q_scale * k_scale, softcap, mask)
+
+
+def before_fp32(term: Term, dtype: str) -> Term | None:
+    """A tensor of this dtype before it was cast to fp32, in which the op multiplies queries and keys anyway (GPT-J);
+    None where it was not."""
+    casts = [view for view in term.views if called(view, *_CASTS)]
+    source, views = term.node, tuple(view for view in term.views if view not in casts)
+    while dtype_of(source) == "float32" and called(source, *_VIEWS, *_CASTS):
+        casts, views = ([*casts, source], views) if called(source, *_CASTS) else (casts, (source, *views))
+        source = source.args[0]  # type: ignore[assignment]
+    return Term(source, views) if dtype_of(source) == dtype and {*map(dtype_of, casts)} == {"float32"} else None
 
 
 def broadcast_of(q: Any, k: Any, v: Any) -> str | None:
@@ -179,7 +198,7 @@ def unrepeated(node: Node) -> Node:
     if not called(narrow, aten.unsqueeze.default) or narrow.args[1] != 2 or not is_tensor(wide, rank=5):  # type: ignore[union-attr]
         return node
     source: Node = narrow.args[0]  # type: ignore[union-attr, assignment]
-    merged = same_shape(value(node).shape[2:], value(source).shape[2:])
+    merged = all(same(value(node).shape[axis], value(source).shape[axis]) for axis in (0, 2, 3))
     return source if merged and is_tensor(source, rank=4) else node
 
 

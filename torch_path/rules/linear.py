@@ -210,7 +210,7 @@ def check_shared(node: Node) -> list[Node] | None:
     ][:MOST_SHARED]  # fmt: skip
     if len(group) < 2 or group[0] is not node:
         return None
-    known = all(known_before(node, given, layer) for layer in group[1:] for given in layer.args)  # type: ignore[arg-type]
+    known = all(known_before(node, given, layer) for layer in group[1:] for given in layer.args)
     return group if known and all(isinstance(value(layer).shape[-1], int) for layer in group) else None
 
 
@@ -309,7 +309,7 @@ def check_residual(node: Node) -> tuple[Node, Node] | None:
     if len(others) != 1 or not is_tensor(others[0]) or not same_shape(value(others[0]).shape, value(node).shape):
         return None
     alike = value(others[0]).dtype == value(node).dtype == value(total).dtype
-    return (total, others[0]) if alike else None  # type: ignore[arg-type, return-value]
+    return (total, others[0]) if alike else None  # type: ignore[return-value]
 
 
 def rewrite_residual(graph: Graph, node: Node, match: tuple[Node, Node]) -> None:

@@ -33,6 +33,7 @@ from trimaran.torch_path.lines import KEY, Bounds, Line
 from trimaran.torch_path.rules.positions import bounds_of, constant_of, line_of
 
 HIDES = -1e4  # a score that is so much lower than others has a weight of zero
+SCORES = 8.0  # what scores differ by
 _AND = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)
 _OR = (aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default)
 _NOT = (aten.bitwise_not.default, aten.logical_not.default)
@@ -98,17 +99,20 @@ class MaskReader:
             (self.mask.keys if per_key else self.mask.others).append(part)
         return None
 
-    def added(self, term: Term, dtype: str) -> str | None:
-        """Add a float tensor that is added to the scores. A str is the reason why that cannot be."""
+    def added(self, term: Term, dtype: str, scores: torch.dtype) -> str | None:
+        """Add a float tensor, of the operands' dtype, that is added to scores. A str is the reason why that cannot be.
+
+        What is added to a masked score must leave nothing of it, so that a row without keys is a mean."""
         known = constant_of(term.node)
         if known is not None and known > HIDES:
             return None  # every score alike
         term = unwrapped(term)
         split = masked_value(term.node) if term.factor > 0 else None
-        if split is not None:
+        if split is not None and -split[2] * torch.finfo(scores).eps > SCORES:
             condition, kept, fill, hides = split
             self.mask.finite |= fill != float("-inf")
-            return self.seen(replace(term.of(condition), hidden=hides, factor=1.0)) or self.added(term.of(kept), dtype)
+            seen = self.seen(replace(term.of(condition), hidden=hides, factor=1.0))
+            return seen or self.added(term.of(kept), dtype, scores)
         if called(term.node, aten.triu.default) and not term.views and self.upper_triangle(term.node):
             return None
         if dtype_of(term.node) != dtype:
