@@ -67,7 +67,7 @@ def from_sdpa(node: Node) -> Attention | str:
         scale = value(q).shape[3] ** -0.5
     if not isinstance(scale, (int, float)):
         return "the scale is computed at run time"
-    reader = MaskReader(value(q).shape, value(k).shape[2])
+    reader = MaskReader(value(q).shape[:3], value(k).shape[2], value(q).dtype)
     problem = read_argument(reader, argument(node, 3, "attn_mask"), q)  # type: ignore[arg-type]
     if problem is not None:
         return problem
@@ -87,7 +87,7 @@ def read_argument(reader: MaskReader, mask: Any, q: Node) -> str | None:
         return None
     if value(mask).dtype == torch.bool:
         return reader.seen(Term(mask))
-    return reader.added(Term(mask), dtype_of(q), value(q).dtype)
+    return reader.added(Term(mask), dtype_of(q))
 
 
 def from_softmax(node: Node) -> Attention | str | None:
@@ -103,18 +103,28 @@ def from_softmax(node: Node) -> Attention | str | None:
     shape = value(node).shape
     if len(shape) not in (3, 4):
         return f"its scores have {len(shape)} dimensions, expected [B, H, Sq, Sk] or [B*H, Sq, Sk]"
-    reader = MaskReader((1, *shape) if len(shape) == 3 else shape, shape[-1])  # heads of a batch of one
+    rows = shape[:3] if len(shape) == 4 else (1, *shape[:2])  # heads of a batch of one
+    mask = read_terms(MaskReader(rows, shape[-1], value(scores.product).dtype), scores, v)
+    if mask is None:
+        mask = read_terms(MaskReader(rows, shape[-1], value(scores.product).dtype, splits=False), scores, v)
+    if not isinstance(mask, Mask):
+        return mask or "its scores are masked with different numbers"
+    sources = [split_heads(x, len(shape)) for x in (scores.q, scores.k, v)]
+    return with_operands(end, sources, scores.scale, scores.softcap, mask)
+
+
+def read_terms(reader: MaskReader, scores: Scores, v: Any) -> Mask | str | None:
+    """Read what is added to scores, or filled in; None where a row without keys would be no mean of all."""
     for term in scores.terms:
-        problem = reader.added(term, dtype_of(v), value(scores.product).dtype)
+        problem = reader.added(term, dtype_of(v))
         if problem is not None:
             return problem
     for term, fill in scores.seen:
-        reader.mask.finite |= fill != float("-inf")
+        reader.filled(fill)
         problem = reader.seen(term)
         if problem is not None:
             return problem
-    sources = [split_heads(x, len(shape)) for x in (scores.q, scores.k, v)]
-    return with_operands(end, sources, scores.scale, scores.softcap, reader.mask)
+    return reader.mask if reader.consistent() else None
 
 
 def split_heads(node: Any, rank: int) -> Any:
@@ -236,7 +246,7 @@ def attend(graph: Graph, match: Attention) -> Node:
     q, k, v = (operand(graph, term) for term in (match.q, match.k, match.v))
     if value(q).dim() == 3:
         q, k, v = (call(graph, aten.unsqueeze.default, x, 0) for x in (q, k, v))
-    masks = (bias_input(graph, mask, q), *key_inputs(graph, mask, q))
+    masks = (bias_input(graph, mask, q, k), *key_inputs(graph, mask, q))
     attrs: dict[str, Any] = {
         "scale": match.scale,
         "causal": mask.right == 0,
