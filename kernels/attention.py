@@ -573,6 +573,8 @@ def attention_reference(q: Any, k: Any, v: Any, bias: Any, key_lengths: Any, key
         visible = visible & (position <= stands + right)
     if left >= 0:
         visible = visible & (position >= stands - left)
+    if q.dtype.itemsize < 4:  # products of 16 bits need not fit into them
+        q, k = q.float(), k.float()
     scores = q @ k.transpose(-1, -2) * attrs["scale"]
     if attrs["softcap"] > 0:
         scores = torch.tanh(scores / attrs["softcap"]) * attrs["softcap"]
@@ -580,7 +582,7 @@ def attention_reference(q: Any, k: Any, v: Any, bias: Any, key_lengths: Any, key
         scores = scores + bias
     scores = scores.masked_fill(~visible, float("-inf"))
     masked = (scores == float("-inf")).all(-1, keepdim=True)
-    out = torch.softmax(scores.masked_fill(masked, 0.0), dim=-1) @ weights_of
+    out = torch.softmax(scores.masked_fill(masked, 0.0), dim=-1).to(v.dtype) @ weights_of
     empty = v.mean(2, keepdim=True) if attrs["masked_row"] == "mean" and keys else torch.zeros_like(out)
     out = torch.where(masked, empty, out)
     return ((out.transpose(1, 2).flatten(2) if heads else out).contiguous(),)
