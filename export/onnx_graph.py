@@ -113,11 +113,14 @@ def users(value: ir.Value) -> list[ir.Node]:
 
 
 def only_user(value: ir.Value, *op_types: str, domain: str = "") -> ir.Node | None:
-    """The node that alone uses the value, where it is of one of these types and nothing else sees the value."""
+    """The node that alone uses the value, where it is of one of these types, in the graph that makes the value (not in
+    a body within it, which may run often or never), and nothing else sees the value."""
     found = users(value)
     if len({*found}) != 1 or value.is_graph_output():
         return None
-    node = found[0]
+    node, maker = found[0], value.producer()
+    if maker is not None and maker.graph is not node.graph:
+        return None
     return node if node.op_type in op_types and (node.domain or "ai.onnx") == (domain or "ai.onnx") else None
 
 

@@ -18,7 +18,7 @@ from trimaran.export.shapes import infer
 
 def pack(model: ir.Model) -> None:
     """Join the q, k and v layers of the model's attention nodes, in place, and take what is split apart whole."""
-    infer(model.graph)
+    infer(model.graph, model.opset_imports[""])
     for node in [node for node in our_nodes(model) if node.op_type == "attention"]:
         match = check_shared(node)
         if match is not None:

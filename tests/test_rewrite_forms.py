@@ -10,65 +10,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from graph_text import halved, model, random_inputs, rewritten
 
 import trimaran
 from trimaran.cli import app
 from trimaran.export.rewrite_onnx import rewrite
 
-SIZES = {"b": 2, "s": 5, "t": 7, "h": 3}
 VECTOR = "{1.5, -0.5, 2.0, 0.25, 1.0, -1.25, 0.75, 3.0}"
-
-
-def model(body: str, inputs: str, outputs: str, constants: str = "", opset: int = 17) -> onnx.ModelProto:
-    """A graph in onnx's own text form."""
-    imports = f'"" : {opset}, "com.microsoft" : 1'
-    text = f"<ir_version: 8, opset_import: [{imports}]> g ({inputs}) => ({outputs}) <{constants}> {{ {body} }}"
-    return onnx.parser.parse_model(text)
-
-
-def halved(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in half precision, which the text form has no numbers for."""
-
-    def narrow(tensor: onnx.TensorProto) -> None:
-        if tensor.data_type == onnx.TensorProto.FLOAT:
-            array = onnx.numpy_helper.to_array(tensor).astype(np.float16)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
-    for tensor in proto.graph.initializer:
-        narrow(tensor)
-    for node in proto.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Constant":
-                narrow(attribute.t)
-    return proto
-
-
-def random_inputs(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(0)
-    found = {}
-    for value in proto.graph.input:
-        kind = value.type.tensor_type
-        shape = [dim.dim_value or SIZES.get(dim.dim_param, 4) for dim in kind.shape.dim]
-        array = generator.standard_normal(shape)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        found[value.name] = (array > -0.5 if dtype.kind in "bi" else array).astype(dtype)
-    return found
-
-
-def rewritten(proto, tmp_path):
-    """(report, the rewritten file's nodes); the two files were run and agree."""
-    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    onnx.save(proto, source)
-    report = trimaran.rewrite_onnx(source, target, inputs=random_inputs(proto))
-    assert report.verified.startswith(("verified against", "a copy")), report
-    onnx.checker.check_model(target)
-    again = trimaran.rewrite_onnx(target, tmp_path / "again.onnx", verify=False)
-    assert again.replaced == report.replaced, "rewriting twice changes nothing"
-    return report, [node for node in ir.load(target).graph if node.domain == "trimaran"]
-
-
 PARAMETERS = (
     f"float[8] w = {VECTOR}, float[8] c = {VECTOR}, float eps = {{0.001}}, float two = {{2.0}}, float one = {{1.0}}"
 )

@@ -73,6 +73,9 @@ def from_softmax(node: ir.Node, opset: int) -> Attention | str | None:
     if isinstance(whole, str):
         return whole
     found, shape = whole
+    q, k = (dims(operand.value) or () for operand in (found.q, found.k))
+    if not found.flat and not (same(q[found.q.order[0]], shape[0]) and same(k[found.k.order[0]], shape[0])):
+        return f"its scores {readable(shape)} have another batch than q {readable(q)} or k {readable(k)}"
     reader = MaskReader(shape)
     for term in scores.terms:
         problem = reader.added(term, dtype_of(found.q.value))

@@ -92,14 +92,11 @@ class MaskReader:
         if dtype_of(term.value) == "bool":
             return Fault.of("the mask is bool and added", term.value)
         term = unwrapped(term)
-        split = (
-            (masked_value(term.value, LOWEST.get(dtype, -np.inf)) or switched(term.value, LOWEST.get(dtype, -np.inf)))
-            if term.factor > 0
-            else None
-        )
+        low = LOWEST.get(dtype, -np.inf) / term.factor if term.factor > 0 else -np.inf
+        split = (masked_value(term.value, low) or switched(term.value, low)) if term.factor > 0 else None
         if split is not None:
-            condition, kept, low, hides = split
-            self.mask.fills.add(low)
+            condition, kept, fill, hides = split
+            self.mask.fills.add(fill)
             seen = self.seen(replace(term.of(condition), hidden=hides))
             return seen or (None if kept is None else self.added(term.of(kept), dtype))
         if dtype_of(term.value) != dtype:
@@ -108,7 +105,7 @@ class MaskReader:
         if shape is None or not self.fits(shape):
             full = readable(dims(term.value))
             return Fault.of(f"the mask's shape {full} is not provably [1|B, 1|H, 1|Sq, Sk]", term.value)
-        if term.factor > 0 and not term.views and self.upper_triangle(term.value, LOWEST.get(dtype, -np.inf)):
+        if term.factor > 0 and not term.views and self.upper_triangle(term.value, low):
             return None
         self.mask.biases.append(term)
         return None

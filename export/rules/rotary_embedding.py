@@ -281,18 +281,20 @@ def with_layout(turned: Turned) -> Turned | str | None:
     if turned.end.dtype != turned.x.dtype:
         return f"q is {dtype_of(turned.x)} and turned it is {dtype_of(turned.end)}"
     width = turned.rotary_dim or shape[3]
-    for table in (turned.cos, turned.sin):
-        sizes = dims(table) or ()
-        full = (1,) * (4 - len(sizes)) + tuple(sizes)
-        right = len(sizes) in (2, 3, 4) and full[3] in (width, width // 2) and (full[0] == 1 or same(full[0], shape[0]))
-        by_heads = right and full[1] == 1 and same(full[2], shape[2])
-        by_rows = right and full[2] == 1 and same(full[1], shape[1])
-        if not by_heads and not by_rows:
-            return Fault.of(
-                f"cos or sin has shape {readable(sizes)}, expected [1|B, 1, S, R] of q {readable(shape)}", table
-            )
-        turned = replace(turned, heads_axis=1 if by_heads else 2)
-    return turned if isinstance(shape[turned.heads_axis], int) else None
+    for axis in (1, 2):
+        if all(of_positions(table, shape, width, axis) for table in (turned.cos, turned.sin)):
+            return replace(turned, heads_axis=axis) if isinstance(shape[axis], int) else None
+    sizes = [dims(table) for table in (turned.cos, turned.sin)]
+    found = f"cos and sin have shapes {readable(sizes[0])} and {readable(sizes[1])}"
+    return Fault.of(f"{found}, expected [1|B, 1, S, R] of q {readable(shape)}", turned.cos)
+
+
+def of_positions(table: ir.Value, shape: tuple[Any, ...], width: Any, heads_axis: int) -> bool:
+    """Whether a table has a row for each position of x, whose heads lie on that axis."""
+    sizes = dims(table) or ()
+    full = (1,) * (4 - len(sizes)) + tuple(sizes)
+    fits = len(sizes) in (2, 3, 4) and full[3] in (width, width // 2) and (full[0] == 1 or same(full[0], shape[0]))
+    return fits and full[heads_axis] == 1 and same(full[3 - heads_axis], shape[3 - heads_axis])
 
 
 def read_operator(node: ir.Node) -> Turned | str:

@@ -102,9 +102,11 @@ def _masked(node: ir.Node, above: float, views: tuple[ir.Node, ...], below: Call
     if split is not None:
         condition, kept, fill, hides = split
         inner = below(kept)
-        if isinstance(inner, Scores):
-            return replace(inner, seen=(*inner.seen, (Term(condition, views, hidden=hides), fill * above)))
-        return inner
+        if not isinstance(inner, Scores):
+            return inner
+        if not fill * above <= HIDES:
+            return f"masked scores become {fill * above:g}, which does not hide them"
+        return replace(inner, seen=(*inner.seen, (Term(condition, views, hidden=hides), fill * above)))
     for one, other in (node.inputs[1:], node.inputs[:0:-1]):
         if isinstance(below(one), Scores):
             return f"masked scores become {fill_of(other)}, which does not hide them"
@@ -209,20 +211,20 @@ def weighted_values(softmax: ir.Node) -> Weighted | str | None:
     while True:
         value = guarded(safe(value), guards)
         nodes = users(value)
-        product = next((n for n in nodes if is_product(n) and source(n.inputs[0]) is value), None)
+        product = next((n for n in nodes if is_product(n, softmax) and source(n.inputs[0]) is value), None)
         if product is not None:
             if len(nodes) > 1 or value.is_graph_output():
                 return "its weights are used by something else too"
             found = _weighted(product)
             return replace(found, guards=tuple(guards)) if isinstance(found, Weighted) else found
-        step = only_user(value, "Cast", "Reshape", "Dropout")
-        if step is None:
+        step = only_user(value, "Cast", "Reshape")
+        if step is None or dtype_of(step.outputs[0]) not in FLOATS:
             return None
         value = step.outputs[0]
 
 
-def is_product(node: ir.Node) -> bool:
-    return standard(node, "MatMul", "Einsum") or node.op_type == "FusedMatMul"
+def is_product(node: ir.Node, softmax: ir.Node) -> bool:
+    return (standard(node, "MatMul", "Einsum") or node.op_type == "FusedMatMul") and node.graph is softmax.graph
 
 
 def _weighted(product: ir.Node) -> Weighted | str | None:
