@@ -16,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from trimaran.export import files
 from trimaran.export.functions import attach_functions, count_nodes
+from trimaran.export.inlining import inlined_where_needed
 from trimaran.export.onnx_graph import used
 from trimaran.export.page import node_lines
 from trimaran.export.report import FileMiss, OnnxReport
@@ -73,13 +74,11 @@ def rewrite_onnx(
         raise ValueError(f"dst is {str(target)!r}, which is src itself")
     model = files.load("src", source)
     before = node_lines(model)
-    near_misses = rewrite(model, progress)
-    replaced = Counter(count_nodes(model))
-    report = OnnxReport(
-        str(target), replaced, near_misses, before=before, after=node_lines(model) if replaced else before
-    )
+    near_misses, changed = rewrite_nodes(model, progress)
+    after = node_lines(model) if changed else before
+    report = OnnxReport(str(target), Counter(count_nodes(model)), near_misses, before=before, after=after)
     with files.beside(target) as folder:
-        if not replaced:
+        if not changed:
             report.verified = "a copy of the source"
             copy(model, source, folder, target.name, report)
         else:
@@ -96,11 +95,27 @@ def rewrite_onnx(
 def rewrite(model: ir.Model, progress: Progress = nothing) -> list[FileMiss]:
     """Apply the rules to a model in memory, in place, and give its nodes function bodies; what was not matched and
     why. `progress` is called with what is being done and how far it is, from 0 to 1."""
+    return rewrite_nodes(model, progress)[0]
+
+
+def rewrite_nodes(model: ir.Model, progress: Progress = nothing) -> tuple[list[FileMiss], bool]:
+    """(what was not matched and why, whether anything was)"""
     register_schemas()
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     if opset < OLDEST_OPSET:
-        return [FileMiss("all rules", "the model", f"it is of opset {opset}, supported from {OLDEST_OPSET}")]
+        return [FileMiss("all rules", "the model", f"it is of opset {opset}, supported from {OLDEST_OPSET}")], False
     progress("shapes", 0.0)
+    left = inlined_where_needed(model, lambda trial: apply_rules(trial, opset)[0])
+    misses, changed = apply_rules(model, opset, progress)
+    if changed:
+        progress("function bodies", 0.85)
+        model.graph.sort()
+        attach_functions(model)
+    return [*left, *misses], changed
+
+
+def apply_rules(model: ir.Model, opset: int, progress: Progress = nothing) -> tuple[list[FileMiss], bool]:
+    """Apply every rule; what was not matched and why, and whether anything was."""
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
     RemoveUnusedNodesPass()(model)  # what nobody uses would count as a user
     infer(model.graph, opset)
@@ -113,11 +128,7 @@ def rewrite(model: ir.Model, progress: Progress = nothing) -> list[FileMiss]:
         if replaced:
             changed = True
             RemoveUnusedNodesPass()(model)
-    if changed:
-        progress("function bodies", 0.85)
-        model.graph.sort()
-        attach_functions(model)
-    return near_misses
+    return near_misses, changed
 
 
 def apply(rule: Rule, graph: ir.Graph) -> tuple[list[FileMiss], bool]:
