@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import onnx_ir as ir
 
-from trimaran.export.onnx_graph import dtype_of, last_axis, scalar, source, uncast
+from trimaran.export.onnx_graph import RESHAPES, dtype_of, last_axis, made_by, scalar, source, uncast
 from trimaran.export.shapes import STANDARD, attr, dims, given
 
 Atom: TypeAlias = Any
@@ -121,9 +121,13 @@ class Expansion:
         if (known := scalar(value)) is not None:
             return number(known)
         node = value.producer()
+        if node is not None and node.op_type in RESHAPES:
+            node = kept_axis(node)
         if node is None or node.domain not in STANDARD or node.op_type not in ARITHMETIC or not depth:
             return variable(value)
-        if dtype_of(value) not in FLOATS:
+        if dtype_of(value) not in FLOATS or (
+            node.op_type in MEANS and len(dims(value) or ()) != len(dims(self.x) or ())
+        ):
             return variable(value)
         return self._node(node, depth) or variable(value)
 
@@ -182,14 +186,7 @@ class Expansion:
         shape = dims(node.inputs[0])
         axes = [-1] if node.op_type == "GlobalAveragePool" else given(node, "axes", 1)
         whole = shape is not None and (node.op_type != "GlobalAveragePool" or len(shape) == 3)
-        if (
-            self.x is None
-            or shape is None
-            or not whole
-            or not attr(node, "keepdims", 1)
-            or axes is None
-            or len(axes) != 1
-        ):
+        if self.x is None or shape is None or not whole or axes is None or len(axes) != 1:
             return None
         if not last_axis(node, axes[0], len(shape)):
             return None
@@ -214,3 +211,12 @@ class Expansion:
             term = number(1.0) if degree == 0 else variable("mean" if degree == 1 else "square")
             total = add(total, multiply({rest: coefficient}, term))
         return total
+
+
+def kept_axis(view: ir.Node) -> ir.Node | None:
+    """The mean that lost its axis, of which a view gives it back with size 1."""
+    mean = made_by(view.inputs[0], *MEANS)
+    if mean is None or attr(mean, "keepdims", 1) or mean.op_type == "GlobalAveragePool":
+        return None
+    lost = dims(mean.outputs[0])
+    return mean if lost is not None and dims(view.outputs[0]) == (*lost, 1) else None

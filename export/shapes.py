@@ -20,6 +20,7 @@ import sympy
 from trimaran.export.dtypes import output_dtype
 from trimaran.torch_path.lines import plain
 
+ENDLESS = 10**9  # exporters' ends of slices, more than any size
 MOST_NUMBERS = 64  # of which an integer tensor's contents are followed
 STANDARD = ("", "ai.onnx")
 _BROADCAST = {
@@ -232,6 +233,10 @@ def contents(node: ir.Node) -> list[Any] | None:
         return sliced_numbers(node, whole)
     if op == "Not":
         return [None if n is None else 1 - n for n in whole]
+    if op == "ReduceProd":
+        return [product(whole)] if given(node, "axes", 1) in (None, [0]) else None
+    if op in ("Max", "Min") and len(inputs) == 2:
+        return computed(extreme(op), whole, numbers(inputs[1]))
     if op in _NUMBERS or op == "Equal":
         return computed(_NUMBERS.get(op, equal), whole, numbers(inputs[1]))
     if op == "Where":
@@ -266,6 +271,20 @@ def computed(function: Callable[[Any, Any], Any], left: list[Any], right: list[A
     length = max(len(left), len(right))
     pairs = zip(left * (length // len(left)), right * (length // len(right)), strict=True) if left and right else ()
     return [None if a is None or b is None else plain(function(a, b)) for a, b in pairs]
+
+
+def extreme(op: str) -> Callable[[Any, Any], Any]:
+    """Max or Min of two sizes: they are at least 1 where they are symbols."""
+
+    def chosen(a: Any, b: Any) -> Any:
+        if a == b or (isinstance(a, int) and isinstance(b, int)):
+            return (
+                max(a, b) if op == "Max" and isinstance(a, int) and isinstance(b, int) else min(a, b) if a != b else a
+            )
+        size, other = (a, b) if b == 1 else (b, a)
+        return None if other != 1 else size if op == "Max" else 1
+
+    return chosen
 
 
 def equal(a: Any, b: Any) -> int | None:
@@ -397,7 +416,7 @@ def part_of(size: Any, start: Any, end: Any, step: Any) -> Any:
         return len(range(*slice(start, end, step).indices(size)))
     if step != 1:
         return None
-    to_end = isinstance(end, int) and end >= 2**31 - 1
+    to_end = isinstance(end, int) and end >= ENDLESS
     end = size if to_end or end == size else plain(size + end) if isinstance(end, int) and end < 0 else end
     if isinstance(start, int) and start < 0:
         return -start if to_end and not isinstance(size, int) else None

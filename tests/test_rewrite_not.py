@@ -174,7 +174,7 @@ ATTENTIONS = {  # body, inputs, output, a reason or what is replaced
         f"{PRODUCT} s0 = Add (p, m) {ENDS}",
         FOUR.replace("b,", "1,") + ", float[3, 1, s, t] m",
         "float[3, 2, s, 8] y",
-        "its scores [3, 2, s, t] have another batch",
+        "the scores [1, 2, s, t] become [3, 2, s, t]",
     ),
     "v of one row": (
         f"{PRODUCT} s0 = Mul (p, one) {ENDS}",

@@ -1,4 +1,4 @@
-"""Graphs within a file: bodies of conditions and loops are rewritten too, and so is what stands in functions of the file;
+"""Graphs within a file: bodies of conditions and loops are rewritten too, and so is what stands in its functions;
 what belongs to one graph stays there, and what nothing matches in survives."""
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ BODIES = {  # body, inputs, how many norms, how many of them outside of any body
     ),
     "a loop": (
         f"""y = Loop (three, true, x) <body = l (int64 i, bool go, float[b, s, 8] before)
-        => (bool on2, float[b, s, 8] after) {{ on2 = Identity (go) t0 = Add (before, x) after = {NORM.format("t0")} }}>""",
+        => (bool on2, float[b, s, 8] after) {{ on2 = Identity (go)
+        t0 = Add (before, x) after = {NORM.format("t0")} }}>""",
         X,
         1,
         0,
