@@ -23,7 +23,7 @@ MOST_TERMS = 24
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 MEANS = ("ReduceMean", "ReduceSum", "ReduceSumSquare", "GlobalAveragePool")
 CURVES = ("Erf", "Tanh", "Sigmoid", "Exp")
-ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Reciprocal", "Cast", *MEANS, *CURVES)
+ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Reciprocal", "Cast", "Max", "Relu", *MEANS, *CURVES)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,12 @@ def inverse(p: Polynomial) -> Polynomial | None:
     return None
 
 
+def is_variance(p: Polynomial) -> bool:
+    """Whether it is never negative but by rounding: the mean of squares, perhaps less the square of the mean."""
+    square, mean = (("square", 1),), (("mean", 2),)
+    return p.keys() <= {square, mean} and p.get(square, 0.0) > 0.0 and abs(p.get(mean, -p[square]) + p[square]) < 1e-6
+
+
 def scaled(p: Polynomial, factor: float) -> Polynomial:
     return {m: c * factor for m, c in p.items() if c * factor}
 
@@ -121,6 +127,8 @@ class Expansion:
         if (known := scalar(value)) is not None:
             return number(known)
         node = value.producer()
+        if node is not None and node.op_type == "Expand" and node.domain in STANDARD and depth:
+            return self.of(node.inputs[0], depth - 1)  # as what it is added to or multiplied with does
         if node is not None and node.op_type in RESHAPES:
             node = kept_axis(node)
         if node is None or node.domain not in STANDARD or node.op_type not in ARITHMETIC or not depth:
@@ -134,7 +142,8 @@ class Expansion:
     def _node(self, node: ir.Node, depth: int) -> Polynomial | None:
         op = node.op_type
         parts = [
-            self.of(part, depth - 1) for part in node.inputs[: 2 if op in ("Add", "Sub", "Mul", "Div", "Pow") else 1]
+            self.of(part, depth - 1)
+            for part in node.inputs[: 2 if op in ("Add", "Sub", "Mul", "Div", "Pow", "Max") else 1]
         ]
         if any(part is None for part in parts):
             return None
@@ -157,6 +166,8 @@ class Expansion:
             return inverse(self._root(a))
         if op in CURVES:
             return variable(function(op.lower(), a))
+        if op in ("Max", "Relu"):
+            return a if is_variance(a) and not b else b if is_variance(b) and not a else None
         if op == "Cast":
             return a  # a narrowing one: rules ask for casts where they matter
         return self._mean(node, a) if op.startswith("Reduce") or op == "GlobalAveragePool" else None

@@ -38,6 +38,11 @@ _FOLDED: dict[str, Callable[..., Any]] = {
     "Reciprocal": np.reciprocal,
     "Identity": lambda x: x,
     "Not": np.logical_not,
+    "Greater": np.greater,
+    "GreaterOrEqual": np.greater_equal,
+    "Less": np.less,
+    "LessOrEqual": np.less_equal,
+    "Equal": np.equal,
 }
 RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
 MOST_VIEWS = 8  # one after the other
@@ -49,7 +54,7 @@ def source(value: ir.Value | None) -> ir.Value | None:
     while value is not None and (node := value.producer()) is not None:
         if changes_nothing(node):
             value = node.inputs[0]
-        elif (before := back_and_forth(node)) is not None:
+        elif (before := back_and_forth(node) or decided(node)) is not None:
             value = before
         else:
             break
@@ -69,6 +74,18 @@ def back_and_forth(node: ir.Node) -> ir.Value | None:
         if dims(before) == shape:
             return before
     return None
+
+
+def decided(node: ir.Node) -> ir.Value | None:
+    """What a Where takes whose condition is known."""
+    if node.op_type != "Where" or node.domain not in STANDARD or len(node.inputs) != 3:
+        return None
+    condition = constant(node.inputs[0], 3)
+    if condition is None or condition.size == 0 or condition.dtype != bool or condition.min() != condition.max():
+        return None
+    taken = node.inputs[1 if condition.flat[0] else 2]
+    shape = dims(taken)
+    return taken if shape is not None and shape == dims(node.outputs[0]) else None
 
 
 def is_view(node: ir.Node) -> bool:

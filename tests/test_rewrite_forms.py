@@ -47,6 +47,15 @@ NORMS = {
     "global average pooling": """m = GlobalAveragePool (x) d = Sub (x, m) p = Mul (d, d) v = GlobalAveragePool (p)
         a = Add (v, eps) r = Sqrt (a) n = Div (d, r) g = Mul (n, w) y = Add (g, c)""",
 }
+NORMS["jax: sums that lose their axis, a choice that is known, wide parameters"] = """
+    n = Constant <value = float {8.0}> () zero = Constant <value = float {0.0}> ()
+    ax = Constant <value = int64[1] {2}> () t = ReduceSum <keepdims = 0> (x, ax) tu = Unsqueeze (t, ax) m = Div (tu, n) d = Sub (x, m)
+    q = ReduceSumSquare <keepdims = 0, axes = [2]> (d) qu = Unsqueeze (q, ax) v0 = Div (qu, n) g0 = Greater (n, zero)
+    v = Where (g0, v0, zero) a = Add (v, eps) r = Sqrt (a) e = Div (d, r)
+    w3 = Constant <value = int64[3] {1, 1, 8}> () ww = Expand (w, w3) g = Mul (e, ww) y = Add (g, c)"""
+NORMS["flax: a variance kept above zero"] = """zero = Constant <value = float {0.0}> () m = ReduceMean <axes = [2]> (x)
+    d = Sub (x, m) p = Mul (x, x) q = ReduceMean <axes = [2]> (p) mm = Mul (m, m) v0 = Sub (q, mm) v = Max (zero, v0)
+    a = Add (v, eps) r = Sqrt (a) e = Div (d, r) g = Mul (e, w) y = Add (g, c)"""
 RMS = {
     "pow, reciprocal": """p = Pow (x, two) q = ReduceMean <axes = [-1]> (p) a = Add (q, eps) r = Sqrt (a)
         i = Reciprocal (r) n = Mul (x, i) y = Mul (n, w)""",
@@ -333,6 +342,37 @@ GATES = {  # written into scores by a product with the mask, as TensorFlow does
     "by little": f"n = Not (m) f = Cast <to = 1> (n) {BY} pm = Sub (h, f)",
 }
 REASONS = ["does not hide them", "nothing low is added", "by another", "by another", "become -1, which does not hide"]
+
+
+RENORMALIZED = {  # jax2onnx's dot_product_attention: (what is changed, whether it is one)
+    "as it is": ({}, True),
+    "the sum of the weights": ({"ReduceSum (wm, last)": "ReduceSum (w, last)"}, False),
+    "over queries": ({"ReduceSum (wm, last)": "ReduceSum (wm, second)"}, False),
+    "one where nothing is seen": ({"Where (nz, d, zero)": "Where (nz, d, one)"}, False),
+    "by two": ({"Where (nz, t, one)": "Where (nz, t, two)"}, False),
+    "more than one": ({"Greater (t, zero)": "Greater (t, one)"}, False),
+    "by a float": ({"f = Cast <to = 1> (m)": "f = Identity (m3)"}, False),
+}
+
+
+@pytest.mark.parametrize("form", RENORMALIZED)
+def test_weights_that_are_masked_and_made_to_sum_up_again(form, tmp_path):
+    changes, expected = RENORMALIZED[form]
+    body = """kt = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (q, kt) w = Softmax <axis = 3> (p)
+        f = Cast <to = 1> (m) wm = Mul (w, f) t = ReduceSum (wm, last) nz = Greater (t, zero) n = Where (nz, t, one)
+        d = Div (wm, n) z = Where (nz, d, zero) y = MatMul (z, v)"""
+    for old, new in changes.items():
+        body = body.replace(old, new)
+    inputs = (
+        """float[b, 2, 7, 8] q, float[b, 2, 7, 8] k, float[b, 2, 7, 8] v, bool[b, 1, 1, 7] m, float[b, 1, 1, 7] m3"""
+    )
+    constants = (
+        """float zero = {0.0}, float one = {1.0}, float two = {2.0}, int64[1] last = {-1}, int64[1] second = {2}"""
+    )
+    _, nodes = rewritten(model(body, inputs, "float[b, 2, 7, 8] y", constants), tmp_path)
+    assert bool(nodes) == expected
+    if nodes:
+        assert "".join(p for p, value in zip("qkvblm", nodes[0].inputs, strict=False) if value) == "qkvlm"
 
 
 @pytest.mark.parametrize("form", GATES)

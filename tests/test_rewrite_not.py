@@ -23,6 +23,13 @@ NORMS = {  # body, inputs, output, more constants, what is replaced
         "",
         {"rms_norm": 1},
     ),
+    "a weight that widens x": (
+        "w5 = Expand (w, wide) " + RMS.replace("(n, w)", "(n, w5)"),
+        "float[1, s, 8] x",
+        "float[5, s, 8] y",
+        "int64[3] wide = {5, 1, 8}",
+        {"rms_norm": 1},
+    ),
     "a weight that varies": (RMS.replace("(n, w)", "(n, z)"), f"{X}, {Z}", Y, "", {"rms_norm": 1}),
     "eps outside of the root": (
         RMS.replace("a = Add (q, eps) r = Sqrt (a)", "t = Sqrt (q) r = Add (t, eps)"),
@@ -31,6 +38,7 @@ NORMS = {  # body, inputs, output, more constants, what is replaced
         "",
         NONE,
     ),
+    "eps at least": (RMS.replace("Add (q, eps)", "Max (q, eps)"), X, Y, "", NONE),
     "a mean over two axes": (RMS.replace("[-1]", "[1, 2]"), X, Y, "", NONE),
     "a mean over another axis": (RMS.replace("[-1]", "[1]"), X, Y, "", NONE),
     "a mean that keeps no axis": (

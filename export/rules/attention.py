@@ -32,7 +32,7 @@ from trimaran.export.onnx_graph import (
 )
 from trimaran.export.report import Fault
 from trimaran.export.rules.heads import PLAIN, ROWS, Operand, as_heads, as_rows, followed, lifted, put_back, unrepeated
-from trimaran.export.rules.masks import Mask, MaskReader, alike, bias_input, key_inputs
+from trimaran.export.rules.masks import Mask, MaskReader, Term, alike, bias_input, key_inputs
 from trimaran.export.rules.scores import Scores, read_scores, weighted_values
 from trimaran.export.schemas import DOMAIN
 from trimaran.export.shapes import STANDARD
@@ -59,7 +59,8 @@ def from_softmax(node: ir.Node, opset: int) -> Attention | str | None:
     shape = dims(node.outputs[0])
     axis = attribute(node, "axis", -1 if opset >= 13 else 1)
     turned = opset >= 13 and shape is not None and axis in (-2, len(shape) - 2)  # softmax(k q^T), over the keys
-    product = weighted_values(node, turned)
+    masks: list[ir.Value] = []
+    product = weighted_values(node, turned, None if turned else masks)
     if product is None and turned:
         return f"a softmax over axis {axis} of {len(shape or ())}, not over the last"
     if product is None or isinstance(product, str):
@@ -92,7 +93,7 @@ def from_softmax(node: ir.Node, opset: int) -> Attention | str | None:
         problem = reader.added(term, dtype_of(found.q.value))
         if problem is not None:
             return problem
-    for term, fill in scores.seen:
+    for term, fill in (*scores.seen, *((Term(mask), -np.inf) for mask in masks)):
         reader.mask.fills.add(fill)
         problem = reader.seen(term)
         if problem is not None:

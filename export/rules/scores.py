@@ -245,12 +245,17 @@ class Weighted:
     guards: tuple[ir.Value, ...] = ()  # of what rows that are all -inf were made zero
 
 
-def weighted_values(softmax: ir.Node, turned: bool = False) -> Weighted | str | None:
-    """None where no such product follows, a str where more than that does. turned: the softmax is [.., Sk, Sq]."""
+def weighted_values(
+    softmax: ir.Node, turned: bool = False, masks: list[ir.Value] | None = None
+) -> Weighted | str | None:
+    """None where no such product follows, a str where more than that does. turned: the softmax is [.., Sk, Sq]. masks:
+    gets what the weights were multiplied by, before they were made to sum up to 1 again."""
     value = softmax.outputs[0]
     guards: list[ir.Value] = []
     while True:
         value = guarded(safe(value), guards)
+        if masks is not None and (again := renormalized(value, masks)) is not None:
+            value = again
         nodes = users(value)
         product = next((n for n in nodes if is_product(n, softmax) and source(n.inputs[turned]) is value), None)
         if product is not None:
@@ -326,3 +331,37 @@ def safe(value: ir.Value) -> ir.Value:
             if test is not None and source(test.inputs[0]) is value and len(users(value)) == 2:
                 return node.outputs[0]
     return value
+
+
+def renormalized(value: ir.Value, masks: list[ir.Value]) -> ir.Value | None:
+    """What a softmax becomes as `w * m / sum(w * m)`, zero where that sum is, which is the softmax over what m lets
+    through; m goes to the masks."""
+    product = only_user(value, "Mul")
+    mask = next((m for w, m in sides(product) if source(w) is value and is_switch(m)), None)
+    if product is None or mask is None:
+        return None
+    for total in (n for n in users(product.outputs[0]) if standard(n, "ReduceSum")):
+        rank = len(dims(product.outputs[0]) or ())
+        if given(total, "axes", 1) not in ([-1], [rank - 1]) or not attr(total, "keepdims", 1):
+            continue
+        for end in (n for n in users(product.outputs[0]) if standard(n, "Div")):
+            found = zero_where_nothing(end, product.outputs[0], total.outputs[0])
+            if found is not None and len(users(product.outputs[0])) == 2:
+                masks.append(mask)
+                return found
+    return None
+
+
+def zero_where_nothing(division: ir.Node, part: ir.Value, total: ir.Value) -> ir.Value | None:
+    """`Where(total > 0, part / Where(total > 0, total, 1), 0)`"""
+    below = made_by(division.inputs[1], "Where")
+    last = only_user(division.outputs[0], "Where")
+    if source(division.inputs[0]) is not source(part) or below is None or last is None:
+        return None
+    tests = [made_by(node.inputs[0], "Greater") for node in (below, last)]
+    positive = all(
+        t is not None and source(t.inputs[0]) is source(total) and fill_of(t.inputs[1]) == 0.0 for t in tests
+    )
+    one, zero = fill_of(below.inputs[2]) == 1.0, fill_of(last.inputs[2]) == 0.0
+    kept = source(below.inputs[1]) is source(total) and source(last.inputs[1]) is source(division.outputs[0])
+    return last.outputs[0] if positive and one and zero and kept else None
