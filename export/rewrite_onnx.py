@@ -20,7 +20,7 @@ from trimaran.export.inlining import inlined_where_needed
 from trimaran.export.onnx_graph import used
 from trimaran.export.page import node_lines
 from trimaran.export.report import FileMiss, OnnxReport
-from trimaran.export.rules import attention_operators, linear
+from trimaran.export.rules import attention_operators, layer_scale, linear
 from trimaran.export.rules.activations import ACTIVATION_ANCHORS
 from trimaran.export.rules.layer_norm import LAYER_NORM_ANCHORS, check_layer_norm, rewrite_layer_norm
 from trimaran.export.rules.rms_norm import RMS_NORM_ANCHORS, check_rms_norm, rewrite_rms_norm
@@ -156,6 +156,7 @@ def rules(opset: int) -> tuple[Rule, ...]:
         Rule("layer_norm", LAYER_NORM_ANCHORS, check_layer_norm, rewrite_layer_norm),
         Rule("rms_norm", RMS_NORM_ANCHORS, check_rms_norm, rewrite_rms_norm),
         Rule("linear", linear.LINEAR_ANCHORS, linear.check_linear, linear.rewrite_linear),
+        Rule("layer_scale", ("linear",), layer_scale.check_scale, layer_scale.rewrite_scale),
         Rule("gated_linear", ("Mul",), linear.check_gated, linear.rewrite_gated),
         Rule("activation", ACTIVATION_ANCHORS, linear.check_activation, linear.rewrite_activation),
         Rule("shared_input", ("attention",), linear.check_shared, linear.rewrite_shared),

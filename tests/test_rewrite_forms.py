@@ -49,7 +49,8 @@ NORMS = {
 }
 NORMS["jax: sums that lose their axis, a choice that is known, wide parameters"] = """
     n = Constant <value = float {8.0}> () zero = Constant <value = float {0.0}> ()
-    ax = Constant <value = int64[1] {2}> () t = ReduceSum <keepdims = 0> (x, ax) tu = Unsqueeze (t, ax) m = Div (tu, n) d = Sub (x, m)
+    ax = Constant <value = int64[1] {2}> ()
+    t = ReduceSum <keepdims = 0> (x, ax) tu = Unsqueeze (t, ax) m = Div (tu, n) d = Sub (x, m)
     q = ReduceSumSquare <keepdims = 0, axes = [2]> (d) qu = Unsqueeze (q, ax) v0 = Div (qu, n) g0 = Greater (n, zero)
     v = Where (g0, v0, zero) a = Add (v, eps) r = Sqrt (a) e = Div (d, r)
     w3 = Constant <value = int64[3] {1, 1, 8}> () ww = Expand (w, w3) g = Mul (e, ww) y = Add (g, c)"""
