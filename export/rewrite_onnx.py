@@ -20,7 +20,7 @@ from trimaran.export.inlining import inlined_where_needed
 from trimaran.export.onnx_graph import used
 from trimaran.export.page import node_lines
 from trimaran.export.report import FileMiss, OnnxReport
-from trimaran.export.rules import attention_operators, layer_scale, linear
+from trimaran.export.rules import attention_rule, layer_scale, linear
 from trimaran.export.rules.activations import ACTIVATION_ANCHORS
 from trimaran.export.rules.layer_norm import LAYER_NORM_ANCHORS, check_layer_norm, rewrite_layer_norm
 from trimaran.export.rules.rms_norm import RMS_NORM_ANCHORS, check_rms_norm, rewrite_rms_norm
@@ -148,11 +148,11 @@ def apply(rule: Rule, graph: ir.Graph) -> tuple[list[FileMiss], bool]:
 
 def rules(opset: int) -> tuple[Rule, ...]:
     """The rules, for one model: layers that share a mask share what is computed from it."""
-    check_attention = partial(attention_operators.check_attention, opset=opset)
-    rewrite_attention = partial(attention_operators.rewrite, cache={}, opset=opset)
+    check_attention = partial(attention_rule.check_attention, opset=opset)
+    rewrite_attention = partial(attention_rule.rewrite, cache={}, opset=opset)
     return (
         Rule("rotary_embedding", ROTARY_ANCHORS, check_rotary, rewrite_rotary),
-        Rule("attention", attention_operators.ATTENTION_ANCHORS, check_attention, rewrite_attention),
+        Rule("attention", attention_rule.ATTENTION_ANCHORS, check_attention, rewrite_attention),
         Rule("layer_norm", LAYER_NORM_ANCHORS, check_layer_norm, rewrite_layer_norm),
         Rule("rms_norm", RMS_NORM_ANCHORS, check_rms_norm, rewrite_rms_norm),
         Rule("linear", linear.LINEAR_ANCHORS, linear.check_linear, linear.rewrite_linear),
