@@ -140,7 +140,7 @@ def operator_operands(
         found.append(made)
     q, k, v = found
     if past[0] is not None:
-        k, v = (grown(add, before, now, node.outputs[i]) for before, now, i in ((past[0], k, 1), (past[1], v, 2)))
+        k, v = (grown(add, before, now, output(node, i)) for before, now, i in ((past[0], k, 1), (past[1], v, 2)))
     else:
         for i, now in ((1, k), (2, v)):
             if len(node.outputs) > i and used(node.outputs[i]):
@@ -153,6 +153,10 @@ def operator_operands(
         shape = dims(found[0].value) or ()
         return rows_out(add, node, Attention(q, k, v, scale, mask, out, order, soft_cap(node)), shape)
     return Attention(q, k, v, scale, mask, out, order, soft_cap(node))
+
+
+def output(node: ir.Node, index: int) -> ir.Value | None:
+    return node.outputs[index] if index < len(node.outputs) else None
 
 
 def soft_cap(node: ir.Node) -> float:
