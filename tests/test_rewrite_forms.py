@@ -238,6 +238,17 @@ def test_the_original_rotary_embedding(tmp_path):
     assert node.attributes["rotary_dim"].value == 4
 
 
+@pytest.mark.parametrize(("rows", "shape"), [(False, "b, 2, s, 8"), (True, "b, s, 16")])
+def test_onnxruntimes_rotary_embedding_from_a_position_on(rows, shape, tmp_path):
+    heads = " <num_heads = 2>" if rows else ""
+    body = f"y = com.microsoft.RotaryEmbedding{heads} (x, first, cos, sin)"
+    inputs = f"float[{shape}] x, int64[1] first, float[16, 4] cos, float[16, 4] sin"
+    proto = model(body, inputs, f"float[{shape}] y")
+    report, (node,) = rewritten(proto, tmp_path, random_inputs(proto) | {"first": np.array([3])})
+    assert report.replaced == {"rotary_embedding": 1}
+    assert len(node.inputs) == 5
+
+
 def test_interleaved_rotary_embeddings(tmp_path):
     """As GPT-J turns neighbours."""
     body = f"""{NUMBERS} end = Constant <value = int64[1] {{9223372036854775807}}> () even = Slice (x, n0, end, n3, n2)

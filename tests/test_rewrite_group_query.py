@@ -102,8 +102,9 @@ def test_steps_behind_a_past(form, tmp_path):
 
 def test_a_part_of_the_head_is_turned(tmp_path):
     rows = "float[b, s, 128] q, float[b, s, 64] k, float[b, s, 64] v, float[b, 2, p, 32] pk, float[b, 2, p, 32] pv"
-    body = f"{GROWN} y = {GQA.format(', do_rotary = 1', 'q, k, v, pk, pv, last, total, cos, sin')}"
-    proto = model(body, f"{rows}, {TABLES}", "float[b, s, 128] y", CONSTANTS)
+    body = f"{GROWN} y, kk, vv = {GQA.format(', do_rotary = 1', 'q, k, v, pk, pv, last, total, cos, sin')}"
+    outputs = f"float[b, s, 128] y, {PRESENT.replace('16', '32')}"
+    proto = model(body, f"{rows}, {TABLES}", outputs, CONSTANTS)
     report, nodes = rewritten(proto, tmp_path, inputs_of(proto, s=1))
     assert report.replaced == {"attention": 1, "rotary_embedding": 1}
     assert nodes[0].attributes["rotary_dim"].value == 16
@@ -148,6 +149,12 @@ LEFT = {  # attributes, operands, more inputs, the reason
         f"{PAST}, {TABLES}, int32[b] l, int64[b, s] at",
         "of the positions of a prompt it reads the first alone",
     ),
+    "a past without a present": (
+        ", one",
+        "q, k, v, pk, pv, last, total",
+        PAST,
+        "it has a past and no present, which onnxruntime reads in its own way",
+    ),
     "no tables": (", do_rotary = 1", "q, k, v, , , l, total", f"{PAST}, int32[b] l", "cos and sin have shapes unknown"),
     "wide tables": (
         ", do_rotary = 1",
@@ -177,6 +184,8 @@ def test_what_is_left(form, tmp_path):
     from trimaran.export.rewrite_onnx import rewrite
 
     attributes, operands, inputs, reason = LEFT[form]
-    proto = model(f"{GROWN} y = {GQA.format(attributes, operands)}", f"{ROWS}, {inputs}", Y, CONSTANTS)
+    outs = "y" if attributes == ", one" else "y, kk, vv"
+    body = f"{GROWN} {outs} = {GQA.format(attributes.removesuffix(', one'), operands)}"
+    proto = model(body, f"{ROWS}, {inputs}", Y, CONSTANTS)
     (miss,) = rewrite(ir.from_proto(proto))
     assert reason in miss.reason

@@ -51,6 +51,8 @@ def from_group(node: ir.Node, opset: int) -> Prepared | str:
     past = None if past_k is None else dims(past_k)
     if past_k is not None and (past is None or len(past) != 4 or past != dims(past_v)):
         return "the shapes of past keys and values are not known, or differ"
+    if past is not None and len(node.outputs) < 3:
+        return "it has a past and no present, which onnxruntime reads in its own way"
     whole = keys[2] if past is None else plain(past[2] + keys[2])
     if (problem := not_appended(past, whole, last, total)) is not None:
         return problem
