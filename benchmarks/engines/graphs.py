@@ -41,7 +41,10 @@ class Graphed:
             for _ in range(WARM):
                 self.function(buffers)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            written = self.function(buffers)
+        graph, own = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                written = self.function(buffers)
+        finally:  # a capture that fails leaves its own stream the current one, where nobody waits for the others
+            torch.cuda.set_stream(own)
         return graph, list(buffers.values()), written
