@@ -27,6 +27,7 @@ table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-nu
 th, td { text-align: right; border-bottom: 1px solid var(--line); padding: .3rem .55rem; vertical-align: top; }
 th { font-weight: 500; color: var(--soft); vertical-align: bottom; }
 .text { text-align: left; }
+td:first-child { white-space: nowrap; }
 tr.ours td { color: var(--ours); font-weight: 600; }
 tr.lost td { background: #fdf3f3; }
 details { border-bottom: 1px solid var(--line); padding: .45rem 0; }
@@ -50,9 +51,7 @@ def page(result: Result) -> str:
     where = result.environment
     parts = [
         verdict(result),
-        section(
-            "Headlines", headline_table(result), "".join(f"<li>{escape(sentence(h))}</li>" for h in headlines(result))
-        ),
+        section("Headlines", f"<p>{escape(sentence(result))}</p>", headline_table(result)),
         section("Time over the best peer's", drawn(result)),
         section("Where we lose", losses(result)),
         section("Every row", "".join(case_details(result, case) for case in result.cases)),
@@ -72,9 +71,7 @@ def page(result: Result) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    return f"<h2>{escape(title)}</h2>\n" + "\n".join(
-        f"<ul>{part}</ul>" if part.startswith("<li>") else part for part in parts
-    )
+    return "\n".join([f"<h2>{escape(title)}</h2>", *parts])
 
 
 def table(columns: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], text: tuple[int, ...] = (0,)) -> str:
@@ -116,7 +113,7 @@ def headline_table(result: Result) -> str:
         values = [line.case, line.peer, number(line.peer_ms), number(line.baseline_ms),
                   line.ours.removeprefix("trimaran "), number(line.ours_ms),
                   number(over["median"] if over else None, ".2f"),
-                  f"{over['p20']:.2f}-{over['p80']:.2f}" if over else "", number(line.over_baseline, ".1f"),
+                  f"{over['p20']:.2f}–{over['p80']:.2f}" if over else "", number(line.over_baseline, ".1f"),
                   number(line.percent_of_limit, ".0f"), number(line.percent_of_gemms, ".0f")]  # fmt: skip
         rows.append(("lost" if line.lost else "", values))
     return table(columns, rows, (0, 1, 4))

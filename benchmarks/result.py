@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,7 +18,8 @@ from trimaran.benchmarks.measure import percentile
 from trimaran.benchmarks.sidebyside import Row
 
 VERSION = 1
-DIGITS = 5  # significant ones of a sample
+DIGITS = 4  # significant ones of a sample
+NUMBERS = re.compile(r"\[[-+.\deE,\s]+\]")  # a list of samples, which is written in one line
 
 
 @dataclass
@@ -185,7 +187,8 @@ class Result:
         """Whole or not at all: a run may be cut while it is written."""
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(self.as_dict(), indent=1)
+        unfinished.write_text(NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n", encoding="utf-8")
         unfinished.replace(path)
 
 

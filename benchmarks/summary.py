@@ -80,14 +80,18 @@ def memory(result: Result) -> list[tuple[str, float, float, int]]:
     return found
 
 
-def sentence(found: Headline) -> str:
-    """One case in words."""
-    if found.ours_ms is None or found.peer_ms is None or found.speedup is None:
-        return f"{found.case}: " + ("none of ours was timed" if found.ours_ms is None else "no peer was timed")
-    factor = found.speedup["median"]
-    than = f"{factor:.2f} times as fast as" if factor >= 1 else f"{1 / factor:.2f} times as slow as"
-    peer = f"the best peer ({found.peer}, {found.peer_ms:.3g} ms)"
-    text = f"{found.case}: {found.ours} {found.ours_ms:.3g} ms, {than} {peer}"
-    if found.over_baseline:
-        text += f"; {found.over_baseline:.1f} times transformers under autocast"
-    return text
+def sentence(result: Result) -> str:
+    """All cases in words: the best peer first, transformers under autocast second."""
+    found = headlines(result)
+    factors = sorted(line.speedup["median"] for line in found if line.speedup)
+    if not factors:
+        return "There is no case in which both ours and a peer were timed."
+    won = sum(factor >= 1 for factor in factors)
+    text = (
+        f"The best of ours against the best peer of each case: {factors[0]:.2f} to {factors[-1]:.2f} times as fast, "
+        f"ahead in {won} of {len(factors)} cases."
+    )
+    over = sorted(line.over_baseline for line in found if line.over_baseline)
+    return text + (
+        f" Against transformers under autocast: {over[0]:.1f} to {over[-1]:.1f} times as fast." if over else ""
+    )

@@ -66,7 +66,8 @@ def test_the_best_peer_leads_and_kernls_baseline_comes_second():
     assert line.over_baseline == pytest.approx(16.0, rel=0.02)
     assert line.percent_of_limit == pytest.approx(100.0, rel=0.02)
     assert line.percent_of_gemms == pytest.approx(160.0, rel=0.02)
-    text = summary.sentence(line)
+    text = summary.sentence(usual())
+    assert "ahead in 1 of 1 cases" in text
     assert text.index("best peer") < text.index("autocast")
     columns = [column.header for column in tables.headline_table(usual()).columns]
     assert columns.index("best peer") < columns.index("autocast") < columns.index("trimaran")
@@ -96,7 +97,7 @@ def test_a_result_comes_back_as_it_was_written(tmp_path):
     first = load(tmp_path / "a.json")
     first.write(tmp_path / "b.json")
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
-    assert first.cases[0].rows[3].wall_ms == pytest.approx(found.cases[0].rows[3].wall_ms, rel=1e-4)
+    assert first.cases[0].rows[3].wall_ms == pytest.approx(found.cases[0].rows[3].wall_ms, rel=1e-3)
     assert first.engines == found.engines
     assert first.streams == found.streams
     assert first.cold == found.cold
