@@ -15,7 +15,7 @@ from trimaran.benchmarks import nodes, report
 from trimaran.benchmarks.bench import write_reports
 from trimaran.benchmarks.report import read
 from trimaran.benchmarks.result import Result, load
-from trimaran.benchmarks.summary import headlines
+from trimaran.benchmarks.summary import COLUMNS, cells, headlines
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,21 +47,11 @@ def models(results: Path = RESULTS) -> str:
 
 
 def model(result: Result) -> str:
-    rows = []
-    for line in headlines(result):
-        if line.ours_ms is None or line.peer_ms is None or line.speedup is None:
-            continue
-        rows.append([
-            line.case, line.peer, f"{line.peer_ms:.3g}", f"{line.baseline_ms:.3g}" if line.baseline_ms else "",
-            line.ours.removeprefix("trimaran "), f"{line.ours_ms:.3g}", f"{line.speedup['median']:.2f}",
-            f"{line.percent_of_limit:.0f}" if line.percent_of_limit else "",
-        ])  # fmt: skip
-    columns = ["batch x seq", "best peer", "ms", "autocast, ms", "trimaran", "ms", "times as fast", "% of the bound"]
     kept = "" if result.valid else f" This run does not count: {'; '.join(result.invalid_because())}."
     place = f"[page](benchmarks/results/models/{result.model}.html)"
     return (
-        f"{result.model}, {result.dtype} ({result.source}), {place}; {where(result.environment)}.{kept}\n\n"
-        + markdown(columns, rows)
+        f"{result.model}, {result.dtype} ({result.source}), {place}; {where(result.environment)}. Wall ms.{kept}\n\n"
+        + markdown(COLUMNS, map(cells, headlines(result)))
     )
 
 

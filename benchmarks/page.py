@@ -9,8 +9,8 @@ from string import Template
 from trimaran.benchmarks import plots, streams
 from trimaran.benchmarks.engines.transformers_eager import AUTOCAST, REFERENCE
 from trimaran.benchmarks.result import CaseResult, Result, median, ms, percent, ratio
-from trimaran.benchmarks.summary import headlines, lost, memory, sentence
-from trimaran.benchmarks.tables import number, refused
+from trimaran.benchmarks.summary import COLUMNS, cells, headlines, lost, memory, number, sentence
+from trimaran.benchmarks.tables import refused
 
 STYLE = """
 :root { --ink: #22262b; --soft: #6b7480; --line: #e6e8eb; --ours: #b8323f; }
@@ -105,18 +105,8 @@ def verdict(result: Result) -> str:
 
 
 def headline_table(result: Result) -> str:
-    columns = ["batch x seq", "best peer", "ms", "autocast fp16, ms", "trimaran", "ms", "x best peer", "p20-p80",
-               "x autocast", "% of the bound", "% of vendor GEMMs"]  # fmt: skip
-    rows = []
-    for line in headlines(result):
-        over = line.speedup
-        values = [line.case, line.peer, number(line.peer_ms), number(line.baseline_ms),
-                  line.ours.removeprefix("trimaran "), number(line.ours_ms),
-                  number(over["median"] if over else None, ".2f"),
-                  f"{over['p20']:.2f}–{over['p80']:.2f}" if over else "", number(line.over_baseline, ".1f"),
-                  number(line.percent_of_limit, ".0f"), number(line.percent_of_gemms, ".0f")]  # fmt: skip
-        rows.append(("lost" if line.lost else "", values))
-    return table(columns, rows, (0, 1, 4))
+    rows = (("lost" if line.lost else "", cells(line)) for line in headlines(result))
+    return table(COLUMNS, rows, (0, 1))
 
 
 def drawn(result: Result) -> str:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trimaran.benchmarks.engines.ours import IN_PYTORCH
 from trimaran.benchmarks.engines.transformers_eager import AUTOCAST
 from trimaran.benchmarks.measure import percentile
 from trimaran.benchmarks.result import CaseResult, Result, percent, ratio
 from trimaran.benchmarks.sidebyside import Row
 
+# of the table of headlines, wherever it stands; wall times in ms
+COLUMNS = ("batch x seq", "best peer", "ms", "autocast fp16", "trimaran PyTorch", "trimaran ORT", "x best peer",
+           "p20–p80", "x autocast", "% bound", "% GEMMs")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Headline:
-    """One case. Wall times in ms; `speedup` is the best peer's time over our best, `over_baseline` that of
-    transformers under autocast. None where one was not timed."""
+    """One case. Wall times in ms, of ours in PyTorch and the best of ours in onnxruntime; `speedup` is the best peer's
+    time over our best, `over_baseline` that of transformers under autocast. None where one was not timed."""
 
     case: str
     peer: str
     peer_ms: float | None
     baseline_ms: float | None
-    ours: str
+    pytorch_ms: float | None
+    ort_ms: float | None
     ours_ms: float | None
     speedup: dict[str, float] | None
     over_baseline: float | None
@@ -40,13 +46,34 @@ def headline(result: Result, case: CaseResult) -> Headline:
         peer.engine if peer else "",
         wall(peer),
         baseline_ms,
-        mine.engine if mine else "",
+        wall(case.row(IN_PYTORCH)),
+        best_ort(result, case),
         ours_ms,
         ratio(peer, mine) if mine else None,
         baseline_ms / ours_ms if baseline_ms and ours_ms else None,
         percent(case.limit_ms, mine) if mine else None,
         percent(case.gemms_ms, mine) if mine else None,
     )
+
+
+def cells(line: Headline) -> list[str]:
+    """Of `COLUMNS`."""
+    over = line.speedup
+    return [
+        line.case, line.peer, number(line.peer_ms), number(line.baseline_ms), number(line.pytorch_ms),
+        number(line.ort_ms), number(over["median"] if over else None, ".2f"),
+        f"{over['p20']:.2f}–{over['p80']:.2f}" if over else "", number(line.over_baseline, ".1f"),
+        number(line.percent_of_limit, ".0f"), number(line.percent_of_gemms, ".0f"),
+    ]  # fmt: skip
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def best_ort(result: Result, case: CaseResult) -> float | None:
+    mine = (row for row in case.timed() if result.is_ours(row.engine) and row.engine != IN_PYTORCH)
+    return min(filter(None, map(wall, mine)), default=None)
 
 
 def headlines(result: Result) -> list[Headline]:

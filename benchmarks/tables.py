@@ -13,7 +13,8 @@ from rich.text import Text
 
 from trimaran.benchmarks.result import CaseResult, Result, median, ms, percent, ratio
 from trimaran.benchmarks.sidebyside import Row
-from trimaran.benchmarks.summary import headlines, lost
+from trimaran.benchmarks.summary import COLUMNS, headlines, lost, number
+from trimaran.benchmarks.summary import cells as headline_cells
 
 FEW = 6  # cases that are shown row by row; the page has them all
 
@@ -47,10 +48,6 @@ class Live:
         )
 
 
-def number(value: float | None, form: str = ".3g") -> str:
-    return "" if value is None else f"{value:{form}}"
-
-
 def heading(result: Result) -> str:
     where = result.environment
     return f"{result.model}, {result.dtype}, {where['device']}, {where['date'][:10]}; wall ms"
@@ -59,28 +56,10 @@ def heading(result: Result) -> str:
 def headline_table(result: Result) -> Table:
     """The best peer leads, transformers under autocast comes second."""
     shown = Table(box=SIMPLE, title=heading(result), title_justify="left", padding=(0, 1, 0, 0))
-    for name in (
-        "batch x seq",
-        "best peer",
-        "ms",
-        "autocast",
-        "trimaran",
-        "ms",
-        "x peer",
-        "x autocast",
-        "% limit",
-        "% GEMMs",
-    ):
-        text = name in ("batch x seq", "best peer", "trimaran")
-        shown.add_column(name, justify="left" if text else "right", no_wrap=not text)
+    for place, name in enumerate(COLUMNS):
+        shown.add_column(name, justify="left" if place < 2 else "right", no_wrap=place != 1)
     for line in headlines(result):
-        speedup = line.speedup["median"] if line.speedup else None
-        shown.add_row(
-            line.case, line.peer, number(line.peer_ms), number(line.baseline_ms),
-            line.ours.removeprefix("trimaran "), number(line.ours_ms), number(speedup, ".2f"),
-            number(line.over_baseline, ".1f"), number(line.percent_of_limit, ".0f"),
-            number(line.percent_of_gemms, ".0f"), style="red" if line.lost else "",
-        )  # fmt: skip
+        shown.add_row(*headline_cells(line), style="red" if line.lost else "")
     return shown
 
 

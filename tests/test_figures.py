@@ -45,7 +45,7 @@ def test_a_models_table_leads_with_the_best_peer(tmp_path):
     found.write(tmp_path / "models" / "fake.json")
     lines = figures.models(tmp_path).splitlines()
     assert lines[0].startswith("fake, float16 (nowhere), [page](benchmarks/results/models/fake.html); fake, torch 2.11")
-    assert lines[-1] == "| 8 x 128 | peer | 1 | 8 | mine | 0.5 | 2.00 | 100 |"
+    assert lines[-1] == "| 8 x 128 | peer | 1 | 8 |  | 0.5 | 2.00 | 2.00–2.00 | 16.0 | 100 | 160 |"
     found.ceilings[1]["matmul"] = 90.0
     found.write(tmp_path / "models" / "fake.json")
     assert "This run does not count: the matmul ceiling drifted by -10.0 %" in figures.models(tmp_path)
