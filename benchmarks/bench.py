@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from trimaran.benchmarks import cold, page, plots, tables
 from trimaran.benchmarks.engines.catalog import chosen
+from trimaran.benchmarks.engines.contract import missing
 from trimaran.benchmarks.engines.ours import IN_PYTORCH
 from trimaran.benchmarks.machine import environment, version
 from trimaran.benchmarks.models import PRESETS, SEED, shapes_of
@@ -57,6 +59,8 @@ def plan_of(
 def new_result(plan: Plan) -> Result:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = environment(device) | {name: found for name in OTHER if (found := version(name)) != "from a checkout"}
+    if missing("onnxruntime") is None:  # the one that is imported may stand before the one that is installed
+        where["onnxruntime"] = importlib.import_module("onnxruntime").__version__
     said = METHOD if device.type == "cuda" else f"{METHOD}; on a CPU, which has fewer engines and no device time"
     kinds = {case.lengths: LENGTHS[case.lengths] for case in plan.cases}
     model = Path(plan.model).name if plan.model not in PRESETS else plan.model
