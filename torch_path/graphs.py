@@ -12,6 +12,7 @@ change in place is live; a graph keeps them in memory, and goes when they have m
 from __future__ import annotations
 
 import contextvars
+import operator
 import threading
 import weakref
 from collections import OrderedDict
@@ -260,7 +261,9 @@ class Recording:
         self.held = [place for place in tensors if id(args[place]) not in given]
         self.weights = [args[place].detach() for place in self.held]  # their memory stays while it may be read
         self.parameters = [args[p].data_ptr() for p in self.held if isinstance(args[p], torch.nn.Parameter)]
-        self.numbers = [arg for arg in args if not isinstance(arg, torch.Tensor)]
+        plain = [place for place in self.held if type(args[place]) is not torch.nn.Parameter]
+        others = [place for place in range(len(args)) if not isinstance(args[place], torch.Tensor)]
+        self._held, self._plain, self._others = map(picker, (self.held, plain, others))
         self.facts = self._facts(args)
         inputs = list(args)
         listener = ops.on_decline.set(None)
@@ -275,19 +278,15 @@ class Recording:
             ops.on_decline.reset(listener)
         self.results = Results(made, inputs, [place for place, _ in self.copied])
 
-    def _facts(self, args: Sequence[Any]) -> list[Any]:
-        """Where the tensors lie that are read in place, and, of those that Dynamo may see as dynamic, their form."""
-        held = [args[place] for place in self.held]
-        forms = [(t.shape, t.stride()) for t in held if type(t) is not torch.nn.Parameter]
-        return [*map(torch.Tensor.data_ptr, held), *forms]
+    def _facts(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Where the tensors lie that are read in place, the form of those that Dynamo may see as dynamic, and what is
+        no tensor. Of which kind each argument is Dynamo's guards have said."""
+        forms = [(t.shape, t.stride()) for t in self._plain(args)]
+        return (*map(torch.Tensor.data_ptr, self._held(args)), *forms, *self._others(args))
 
     def holds(self, args: tuple[Any, ...], tensors: Sequence[torch.Tensor]) -> bool:
         """Whether a replay with these tensors answers a call with these arguments."""
-        return (
-            all(args[place] is tensors[index] for place, index in self.copied)
-            and [arg for arg in args if not isinstance(arg, torch.Tensor)] == self.numbers
-            and self._facts(args) == self.facts
-        )
+        return all(args[place] is tensors[index] for place, index in self.copied) and self._facts(args) == self.facts
 
     def replay(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Launch the graph on copies of these tensors; fresh copies of what it computes. Under the lock."""
@@ -301,6 +300,13 @@ class Recording:
     def _fill(self, tensors: Sequence[torch.Tensor]) -> None:
         if self.buffers:
             torch._foreach_copy_(self.buffers, [dense(tensors[index]) for _, index in self.copied])
+
+
+def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What takes the items at these places: with hundreds of weights, comprehensions were half of a call's check."""
+    if len(places) < 2:
+        return lambda items: [items[place] for place in places]
+    return operator.itemgetter(*places)
 
 
 def _device(args: Sequence[Any]) -> torch.device:
