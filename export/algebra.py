@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import onnx_ir as ir
 
-from trimaran.export.onnx_graph import dtype_of, last_axis, scalar, source, uncast
+from trimaran.export.onnx_graph import RESHAPES, dtype_of, last_axis, made_by, scalar, source, uncast
 from trimaran.export.shapes import STANDARD, attr, dims, given
 
 Atom: TypeAlias = Any
@@ -23,7 +23,7 @@ MOST_TERMS = 24
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 MEANS = ("ReduceMean", "ReduceSum", "ReduceSumSquare", "GlobalAveragePool")
 CURVES = ("Erf", "Tanh", "Sigmoid", "Exp")
-ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Reciprocal", "Cast", *MEANS, *CURVES)
+ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Reciprocal", "Cast", "Max", "Relu", *MEANS, *CURVES)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,12 @@ def inverse(p: Polynomial) -> Polynomial | None:
     return None
 
 
+def is_variance(p: Polynomial) -> bool:
+    """Whether it is never negative but by rounding: the mean of squares, perhaps less the square of the mean."""
+    square, mean = (("square", 1),), (("mean", 2),)
+    return p.keys() <= {square, mean} and p.get(square, 0.0) > 0.0 and abs(p.get(mean, -p[square]) + p[square]) < 1e-6
+
+
 def scaled(p: Polynomial, factor: float) -> Polynomial:
     return {m: c * factor for m, c in p.items() if c * factor}
 
@@ -121,16 +127,23 @@ class Expansion:
         if (known := scalar(value)) is not None:
             return number(known)
         node = value.producer()
+        if node is not None and node.op_type == "Expand" and node.domain in STANDARD and depth:
+            return self.of(node.inputs[0], depth - 1)  # as what it is added to or multiplied with does
+        if node is not None and node.op_type in RESHAPES:
+            node = kept_axis(node)
         if node is None or node.domain not in STANDARD or node.op_type not in ARITHMETIC or not depth:
             return variable(value)
-        if dtype_of(value) not in FLOATS:
+        if dtype_of(value) not in FLOATS or (
+            node.op_type in MEANS and len(dims(value) or ()) != len(dims(self.x) or ())
+        ):
             return variable(value)
         return self._node(node, depth) or variable(value)
 
     def _node(self, node: ir.Node, depth: int) -> Polynomial | None:
         op = node.op_type
         parts = [
-            self.of(part, depth - 1) for part in node.inputs[: 2 if op in ("Add", "Sub", "Mul", "Div", "Pow") else 1]
+            self.of(part, depth - 1)
+            for part in node.inputs[: 2 if op in ("Add", "Sub", "Mul", "Div", "Pow", "Max") else 1]
         ]
         if any(part is None for part in parts):
             return None
@@ -153,6 +166,8 @@ class Expansion:
             return inverse(self._root(a))
         if op in CURVES:
             return variable(function(op.lower(), a))
+        if op in ("Max", "Relu"):
+            return a if is_variance(a) and not b else b if is_variance(b) and not a else None
         if op == "Cast":
             return a  # a narrowing one: rules ask for casts where they matter
         return self._mean(node, a) if op.startswith("Reduce") or op == "GlobalAveragePool" else None
@@ -182,14 +197,7 @@ class Expansion:
         shape = dims(node.inputs[0])
         axes = [-1] if node.op_type == "GlobalAveragePool" else given(node, "axes", 1)
         whole = shape is not None and (node.op_type != "GlobalAveragePool" or len(shape) == 3)
-        if (
-            self.x is None
-            or shape is None
-            or not whole
-            or not attr(node, "keepdims", 1)
-            or axes is None
-            or len(axes) != 1
-        ):
+        if self.x is None or shape is None or not whole or axes is None or len(axes) != 1:
             return None
         if not last_axis(node, axes[0], len(shape)):
             return None
@@ -214,3 +222,12 @@ class Expansion:
             term = number(1.0) if degree == 0 else variable("mean" if degree == 1 else "square")
             total = add(total, multiply({rest: coefficient}, term))
         return total
+
+
+def kept_axis(view: ir.Node) -> ir.Node | None:
+    """The mean that lost its axis, of which a view gives it back with size 1."""
+    mean = made_by(view.inputs[0], *MEANS)
+    if mean is None or attr(mean, "keepdims", 1) or mean.op_type == "GlobalAveragePool":
+        return None
+    lost = dims(mean.outputs[0])
+    return mean if lost is not None and dims(view.outputs[0]) == (*lost, 1) else None

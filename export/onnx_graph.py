@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trimaran.export.shapes import STANDARD, attr, fixed, note, numbers, typed
+from trimaran.export.shapes import STANDARD, attr, fixed, note, numbers, slice_arguments, typed
 from trimaran.export.shapes import dims as dims
 
 _NAMES = {
@@ -38,8 +38,14 @@ _FOLDED: dict[str, Callable[..., Any]] = {
     "Reciprocal": np.reciprocal,
     "Identity": lambda x: x,
     "Not": np.logical_not,
+    "Greater": np.greater,
+    "GreaterOrEqual": np.greater_equal,
+    "Less": np.less,
+    "LessOrEqual": np.less_equal,
+    "Equal": np.equal,
 }
-RESHAPES = ("Reshape", "Squeeze", "Unsqueeze")
+RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
+MOST_VIEWS = 8  # one after the other
 attribute = attr
 
 
@@ -48,7 +54,7 @@ def source(value: ir.Value | None) -> ir.Value | None:
     while value is not None and (node := value.producer()) is not None:
         if changes_nothing(node):
             value = node.inputs[0]
-        elif (before := back_and_forth(node)) is not None:
+        elif (before := back_and_forth(node) or decided(node)) is not None:
             value = before
         else:
             break
@@ -56,14 +62,54 @@ def source(value: ir.Value | None) -> ir.Value | None:
 
 
 def back_and_forth(node: ir.Node) -> ir.Value | None:
-    """What a Reshape gives the shape back that it had before another one."""
-    forth = node.inputs[0].producer() if node.op_type in RESHAPES and node.inputs and node.inputs[0] else None
-    while forth is not None and changes_nothing(forth):
-        forth = forth.inputs[0].producer() if forth.inputs[0] is not None else None
-    if forth is None or forth.op_type not in RESHAPES or {node.domain, forth.domain} - {*STANDARD}:
+    """What a view gives the shape back that it had before others."""
+    if not is_view(node):
         return None
-    before = dims(forth.inputs[0])
-    return forth.inputs[0] if before is not None and before == dims(node.outputs[0]) else None
+    shape, before = dims(node.outputs[0]), node.inputs[0]
+    for _ in range(MOST_VIEWS):
+        maker = before.producer() if before is not None else None
+        if shape is None or maker is None or not (is_view(maker) or changes_nothing(maker)):
+            return None
+        before = maker.inputs[0]
+        if dims(before) == shape:
+            return before
+    return None
+
+
+def decided(node: ir.Node) -> ir.Value | None:
+    """What a Where takes whose condition is known."""
+    if node.op_type != "Where" or node.domain not in STANDARD or len(node.inputs) != 3:
+        return None
+    condition = constant(node.inputs[0], 3)
+    if condition is None or condition.size == 0 or condition.dtype != bool or condition.min() != condition.max():
+        return None
+    taken = node.inputs[1 if condition.flat[0] else 2]
+    shape = dims(taken)
+    return taken if shape is not None and shape == dims(node.outputs[0]) else None
+
+
+def is_view(node: ir.Node) -> bool:
+    """Whether it gives its elements another shape and leaves them in their order."""
+    if node.domain not in STANDARD or not node.inputs or node.inputs[0] is None:
+        return False
+    if node.op_type == "Transpose":
+        shape, order = dims(node.inputs[0]), attr(node, "perm", None)
+        long = [axis for axis in order or () if shape is None or axis >= len(shape) or shape[axis] != 1]
+        return order is not None and long == sorted(long)
+    return node.op_type in RESHAPES
+
+
+def views_back(value: ir.Value | None) -> Iterator[ir.Value]:
+    """The value, and what it is a view of, one after the other."""
+    for _ in range(MOST_VIEWS):
+        value = source(value)
+        if value is None:
+            return
+        yield value
+        node = value.producer()
+        if node is None or not is_view(node):
+            return
+        value = node.inputs[0]
 
 
 def changes_nothing(node: ir.Node) -> bool:
@@ -79,6 +125,10 @@ def changes_nothing(node: ir.Node) -> bool:
     if node.op_type in (*RESHAPES, "Expand"):
         before = dims(node.inputs[0])
         return before is not None and before == dims(node.outputs[0])
+    if node.op_type == "Slice":
+        bounds, before = slice_arguments(node), dims(node.inputs[0])
+        whole = bounds is not None and all(step == 1 for _, _, step in bounds.values())
+        return whole and before is not None and before == dims(node.outputs[0])
     if node.op_type == "Transpose":
         order = attr(node, "perm", None)
         return order is not None and list(order) == list(range(len(order)))
@@ -113,11 +163,14 @@ def users(value: ir.Value) -> list[ir.Node]:
 
 
 def only_user(value: ir.Value, *op_types: str, domain: str = "") -> ir.Node | None:
-    """The node that alone uses the value, where it is of one of these types and nothing else sees the value."""
+    """The node that alone uses the value, where it is of one of these types, in the graph that makes the value (not in
+    a body within it, which may run often or never), and nothing else sees the value."""
     found = users(value)
     if len({*found}) != 1 or value.is_graph_output():
         return None
-    node = found[0]
+    node, maker = found[0], value.producer()
+    if maker is not None and maker.graph is not node.graph:
+        return None
     return node if node.op_type in op_types and (node.domain or "ai.onnx") == (domain or "ai.onnx") else None
 
 

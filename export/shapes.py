@@ -17,12 +17,12 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
+from trimaran.export.dtypes import output_dtype
 from trimaran.torch_path.lines import plain
 
+ENDLESS = 10**9  # exporters' ends of slices, more than any size
 MOST_NUMBERS = 64  # of which an integer tensor's contents are followed
 STANDARD = ("", "ai.onnx")
-FOREIGN = ("FusedMatMul", "MultiHeadAttention")  # com.microsoft's
-_BOOL = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"}
 _BROADCAST = {
     *("Add", "Sub", "Mul", "Div", "Pow", "Mod", "Min", "Max", "Sum", "Mean", "Where", "PRelu", "BitwiseAnd", "And"),
     *("Or", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
@@ -32,8 +32,11 @@ _ALIKE = {
     *("Neg", "Abs", "Exp", "Log", "Not", "IsNaN", "Clip", "Dropout", "CumSum", "Trilu", "LayerNormalization", "Swish"),
     *("RMSNormalization", "Cos", "Sin", "CastLike", "HardSwish", "LeakyRelu", "Elu", "QuantizeLinear", "ScatterND"),
     *("DequantizeLinear", "Floor", "Ceil", "Round", "Sign", "BatchNormalization", "IsInf", "RotaryEmbedding"),
-    *("BiasGelu", "FastGelu", "QuickGelu", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
-    *("SimplifiedLayerNormalization", "BiasSplitGelu", "ScatterElements"),
+    *("SimplifiedLayerNormalization", "ScatterElements"),
+}
+_ALIKE_FOREIGN = {  # com.microsoft's
+    *("BiasGelu", "FastGelu", "QuickGelu", "Gelu", "RotaryEmbedding"),
+    *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
 }
 _NUMBERS: dict[str, Callable[[Any, Any], Any]] = {
     "Add": lambda a, b: a + b,
@@ -144,38 +147,41 @@ def note(value: ir.Value, found: Sequence[Any] | None, content: Sequence[Any] | 
         value.meta["numbers"] = [plain(number) for number in content]
 
 
-def infer(graph: ir.Graph | ir.Function) -> None:
-    """Note sizes and contents of every value, in order; subgraphs see what is outside of them."""
+def infer(graph: ir.Graph | ir.Function, opset: int) -> None:
+    """Note types, sizes and contents of every value, in order; subgraphs see what is outside of them."""
     for node in graph:
         for attr in node.attributes.values():
             if attr.type == ir.AttributeType.GRAPH:
-                infer(attr.value)
+                infer(attr.value, opset)
             elif attr.type == ir.AttributeType.GRAPHS:
                 for inner in attr.value:
-                    infer(inner)
-        infer_node(node)
+                    infer(inner, opset)
+        infer_node(node, opset)
 
 
-def infer_node(node: ir.Node) -> None:
+def infer_node(node: ir.Node, opset: int) -> None:
     try:
         found = shapes_of(node)
     except (IndexError, ZeroDivisionError):  # ranks or axes that the operator does not allow: nothing is known of it
         found = None
     shapes = found if isinstance(found, list) else [found]
     for index, value in enumerate(node.outputs):
-        typed(value, dtype_of_output(node))
+        typed(value, output_dtype(node, index, opset))
         note(value, shapes[index] if index < len(shapes) else None, contents(node) if index == 0 else None)
 
 
 def shapes_of(node: ir.Node) -> Any:
     """Of its first output, or as a list of all of them; None where nothing is known."""
-    reader, op = _READERS.get(node.op_type), node.op_type
-    found: Any = None
-    if op in _ALIKE:
+    op, found = node.op_type, None
+    standard = node.domain in STANDARD
+    if not standard and node.domain != "com.microsoft":
+        return None  # whatever it is called
+    reader = (_READERS if standard else _FOREIGN).get(op)
+    if op in (_ALIKE if standard else _ALIKE_FOREIGN):
         found = dims(node.inputs[0])
-    elif op in _BROADCAST:
+    elif op in _BROADCAST and standard:
         found = broadcast_all([dims(value) for value in node.inputs])
-    elif reader is not None and (node.domain in STANDARD) == (op not in FOREIGN):
+    elif reader is not None:
         found = reader(node)
     return [found, None, None, found] if op.startswith("Skip") else found
 
@@ -184,20 +190,6 @@ def typed(value: ir.Value, dtype: ir.DataType | None) -> None:
     """Give a value a dtype where it has none."""
     if value.dtype is None and dtype is not None:
         value.dtype = dtype
-
-
-def dtype_of_output(node: ir.Node) -> ir.DataType | None:
-    """Where onnx could not infer it, after an operator that it does not know."""
-    if node.op_type == "Cast" and "to" in node.attributes:
-        return ir.DataType(node.attributes["to"].value)
-    if node.op_type in _BOOL:
-        return ir.DataType.BOOL
-    if node.op_type == "Shape":
-        return ir.DataType.INT64
-    if node.op_type in ("Constant", "ConstantOfShape", "SequenceAt", "Loop", "If", "Scan"):
-        return None
-    source = node.inputs[1 if node.op_type == "Where" else 0] if node.inputs else None
-    return source.dtype if source is not None else None
 
 
 def broadcast_all(shapes: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -241,6 +233,10 @@ def contents(node: ir.Node) -> list[Any] | None:
         return sliced_numbers(node, whole)
     if op == "Not":
         return [None if n is None else 1 - n for n in whole]
+    if op == "ReduceProd":
+        return [product(whole)] if given(node, "axes", 1) in (None, [0]) else None
+    if op in ("Max", "Min") and len(inputs) == 2:
+        return computed(extreme(op), whole, numbers(inputs[1]))
     if op in _NUMBERS or op == "Equal":
         return computed(_NUMBERS.get(op, equal), whole, numbers(inputs[1]))
     if op == "Where":
@@ -275,6 +271,20 @@ def computed(function: Callable[[Any, Any], Any], left: list[Any], right: list[A
     length = max(len(left), len(right))
     pairs = zip(left * (length // len(left)), right * (length // len(right)), strict=True) if left and right else ()
     return [None if a is None or b is None else plain(function(a, b)) for a, b in pairs]
+
+
+def extreme(op: str) -> Callable[[Any, Any], Any]:
+    """Max or Min of two sizes: they are at least 1 where they are symbols."""
+
+    def chosen(a: Any, b: Any) -> Any:
+        if a == b or (isinstance(a, int) and isinstance(b, int)):
+            return (
+                max(a, b) if op == "Max" and isinstance(a, int) and isinstance(b, int) else min(a, b) if a != b else a
+            )
+        size, other = (a, b) if b == 1 else (b, a)
+        return None if other != 1 else size if op == "Max" else 1
+
+    return chosen
 
 
 def equal(a: Any, b: Any) -> int | None:
@@ -406,7 +416,7 @@ def part_of(size: Any, start: Any, end: Any, step: Any) -> Any:
         return len(range(*slice(start, end, step).indices(size)))
     if step != 1:
         return None
-    to_end = isinstance(end, int) and end >= 2**31 - 1
+    to_end = isinstance(end, int) and end >= ENDLESS
     end = size if to_end or end == size else plain(size + end) if isinstance(end, int) and end < 0 else end
     if isinstance(start, int) and start < 0:
         return -start if to_end and not isinstance(size, int) else None
@@ -530,8 +540,10 @@ _READERS: dict[str, Callable[[ir.Node], Any]] = {
     "Range": ranged,
     "ConstantOfShape": filled,
     "Flatten": flatten,
-    "FusedMatMul": fused_matmul,
-    "MultiHeadAttention": multi_head,
     "GatherElements": gathered_elements,
     "GatherND": gather_nd,
+}
+_FOREIGN: dict[str, Callable[[ir.Node], Any]] = {  # com.microsoft's
+    "FusedMatMul": fused_matmul,
+    "MultiHeadAttention": multi_head,
 }

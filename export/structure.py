@@ -70,7 +70,7 @@ def check_node(where: str, node: NodeProto, opsets: Mapping[str, int]) -> None:
     if not isinstance(node.op_type, str) or not isinstance(node.domain, str):
         raise ValueError(f"{where}: its operator's name is no text")
     domain = _domain(node.domain)
-    schema = _schema(node.op_type, opsets.get(domain, 0), domain)
+    schema = schema_of(node.op_type, opsets.get(domain, 0), domain)
     if schema is None:  # somebody else's, or newer than our onnx
         return
     for what, names, least, most, ports in (
@@ -99,7 +99,7 @@ def _domain(name: str) -> str:
 
 
 @functools.cache
-def _schema(op_type: str, opset: int, domain: str) -> OpSchema | None:
+def schema_of(op_type: str, opset: int, domain: str) -> OpSchema | None:
     try:
         return onnx.defs.get_schema(op_type, opset, domain)
     except onnx.defs.SchemaError:

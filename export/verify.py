@@ -80,8 +80,9 @@ def array(tensor: Any) -> np.ndarray[Any, Any]:
     return np.asarray(tensor.numpy())
 
 
-def compare(got: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
-    """The largest relative RMS error over the outputs. VerificationError where one is over its dtype's limit."""
+def compare(got: Mapping[str, Any], expected: Mapping[str, Any], floor: float = 0.0) -> float:
+    """The largest relative RMS error over the outputs. VerificationError where one is over its dtype's limit, which is
+    `floor` at least for floats."""
     worst = 0.0
     for name, reference in expected.items():
         ours = got[name]
@@ -91,6 +92,7 @@ def compare(got: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
             )
         error = relative_error(ours, reference)
         limit = LIMITS.get(str(reference.dtype), 0.0)
+        limit = max(limit, floor) if limit else limit
         if not error <= limit:
             raise VerificationError(f"output {name} differs by {error:.3g} (RMS, relative), allowed is {limit:g}")
         worst = max(worst, error)
@@ -109,9 +111,16 @@ def relative_error(ours: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) 
     return float(np.sqrt(np.mean((a - b) ** 2)) / (np.sqrt(np.mean(b**2)) or 1.0))
 
 
-def compare_files(source: Path, target: Path, inputs: Mapping[str, np.ndarray[Any, Any]]) -> str:
-    """Run both files on the inputs and say how far they are apart. VerificationError where they differ, CannotVerify
-    where the source itself does not run here."""
+def rounding(model: ir.Model) -> float:
+    """The limit of the coarsest type that the model computes in: its outputs may be wider."""
+    values = (value for node in ir.traversal.RecursiveGraphIterator(model.graph) for value in node.outputs)
+    dtypes = {value.dtype for value in values} & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+    return max((LIMITS[str(dtype.numpy())] for dtype in dtypes if dtype is not None), default=0.0)
+
+
+def compare_files(source: Path, target: Path, inputs: Mapping[str, np.ndarray[Any, Any]], floor: float = 0.0) -> str:
+    """Run both files on the inputs and say how far they are apart. VerificationError where they differ by more than
+    their types and `floor` allow, CannotVerify where the source itself does not run here."""
     try:
         expected = run(source, inputs)
     except CannotVerify:
@@ -122,7 +131,7 @@ def compare_files(source: Path, target: Path, inputs: Mapping[str, np.ndarray[An
         got = run(target, inputs)
     except Exception as error:
         raise VerificationError(f"the rewritten file does not run: {first_line(error)}") from error
-    return f"verified against the source, largest relative RMS difference {compare(got, expected):.1e}"
+    return f"verified against the source, largest relative RMS difference {compare(got, expected, floor):.1e}"
 
 
 def example_inputs(model: ir.Model, seed: int = 0, sizes: tuple[int, int] = SIZES) -> dict[str, np.ndarray[Any, Any]]:

@@ -39,6 +39,14 @@ def feeds(name: str, pad: str = "right", dtype: torch.dtype = torch.float32, siz
     return {key: value.numpy() for key, value in call_of(name, pad, dtype, size, length)[0].items()}
 
 
+def expected(name: str, attention: str, pad: str, size: int, length: int) -> list[Any]:
+    """What the model of a family's file computes, as NumPy arrays."""
+    tensors, flags = call_of(name, pad, torch.float32, size, length)
+    flat = Flat(sharpened(models.build(name, attention)), list(tensors), flags).eval()
+    with torch.no_grad():
+        return [output.numpy() for output in flat(*tensors.values())]
+
+
 def exported(
     folder: Path,
     name: str,

@@ -90,7 +90,7 @@ class TimmLike(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         x = self.patch(pixel_values).flatten(2).transpose(1, 2)
-        return self.norm(self.blocks(torch.cat([self.cls.expand(len(x), -1, -1), x], 1)))[:, 0]
+        return self.norm(self.blocks(torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1)))[:, 0]
 
 
 class Plain(nn.Module):

@@ -9,7 +9,11 @@ import trimaran
 
 # What a file has otherwise than its optimized model, and why.
 CLAMPED = "in fp16 the model clamps infinities between a layer and the next norm, so they are not joined"
+SCALED = "layer scales go into the weights of a file, and the norm after them into the layer"
+IN_WEIGHTS = {"attention": 2, "layer_norm": 1, "linear": 4, "linear_norm": 4}
 DIFFERENCES = {
+    ("dinov2", torch.float16): (IN_WEIGHTS, SCALED),
+    ("dinov2", torch.bfloat16): (IN_WEIGHTS, SCALED),
     ("whisper", torch.float16): ({"attention": 6, "layer_norm": 4, "linear": 14, "linear_norm": 8}, CLAMPED),
     ("t5", torch.float16): ({"attention": 6, "linear": 18, "rms_norm": 12}, CLAMPED),
     ("t5-encoder", torch.float16): ({"attention": 2, "linear": 6, "rms_norm": 5}, CLAMPED),
@@ -26,6 +30,7 @@ QUICK = [
     ("deberta-v2", "eager", 18, torch.float16),
     ("llama", "sdpa", 23, torch.float16),
     ("gemma2", "eager", 20, torch.bfloat16),
+    ("dinov2", "sdpa", 20, torch.bfloat16),
     ("whisper", "sdpa", 20, torch.float32),
 ]
 ALL = [

@@ -10,65 +10,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from graph_text import halved, model, random_inputs, rewritten
 
 import trimaran
 from trimaran.cli import app
 from trimaran.export.rewrite_onnx import rewrite
 
-SIZES = {"b": 2, "s": 5, "t": 7, "h": 3}
 VECTOR = "{1.5, -0.5, 2.0, 0.25, 1.0, -1.25, 0.75, 3.0}"
-
-
-def model(body: str, inputs: str, outputs: str, constants: str = "", opset: int = 17) -> onnx.ModelProto:
-    """A graph in onnx's own text form."""
-    imports = f'"" : {opset}, "com.microsoft" : 1'
-    text = f"<ir_version: 8, opset_import: [{imports}]> g ({inputs}) => ({outputs}) <{constants}> {{ {body} }}"
-    return onnx.parser.parse_model(text)
-
-
-def halved(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in half precision, which the text form has no numbers for."""
-
-    def narrow(tensor: onnx.TensorProto) -> None:
-        if tensor.data_type == onnx.TensorProto.FLOAT:
-            array = onnx.numpy_helper.to_array(tensor).astype(np.float16)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
-    for tensor in proto.graph.initializer:
-        narrow(tensor)
-    for node in proto.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Constant":
-                narrow(attribute.t)
-    return proto
-
-
-def random_inputs(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(0)
-    found = {}
-    for value in proto.graph.input:
-        kind = value.type.tensor_type
-        shape = [dim.dim_value or SIZES.get(dim.dim_param, 4) for dim in kind.shape.dim]
-        array = generator.standard_normal(shape)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        found[value.name] = (array > -0.5 if dtype.kind in "bi" else array).astype(dtype)
-    return found
-
-
-def rewritten(proto, tmp_path):
-    """(report, the rewritten file's nodes); the two files were run and agree."""
-    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    onnx.save(proto, source)
-    report = trimaran.rewrite_onnx(source, target, inputs=random_inputs(proto))
-    assert report.verified.startswith(("verified against", "a copy")), report
-    onnx.checker.check_model(target)
-    again = trimaran.rewrite_onnx(target, tmp_path / "again.onnx", verify=False)
-    assert again.replaced == report.replaced, "rewriting twice changes nothing"
-    return report, [node for node in ir.load(target).graph if node.domain == "trimaran"]
-
-
 PARAMETERS = (
     f"float[8] w = {VECTOR}, float[8] c = {VECTOR}, float eps = {{0.001}}, float two = {{2.0}}, float one = {{1.0}}"
 )
@@ -99,6 +47,16 @@ NORMS = {
     "global average pooling": """m = GlobalAveragePool (x) d = Sub (x, m) p = Mul (d, d) v = GlobalAveragePool (p)
         a = Add (v, eps) r = Sqrt (a) n = Div (d, r) g = Mul (n, w) y = Add (g, c)""",
 }
+NORMS["jax: sums that lose their axis, a choice that is known, wide parameters"] = """
+    n = Constant <value = float {8.0}> () zero = Constant <value = float {0.0}> ()
+    ax = Constant <value = int64[1] {2}> ()
+    t = ReduceSum <keepdims = 0> (x, ax) tu = Unsqueeze (t, ax) m = Div (tu, n) d = Sub (x, m)
+    q = ReduceSumSquare <keepdims = 0, axes = [2]> (d) qu = Unsqueeze (q, ax) v0 = Div (qu, n) g0 = Greater (n, zero)
+    v = Where (g0, v0, zero) a = Add (v, eps) r = Sqrt (a) e = Div (d, r)
+    w3 = Constant <value = int64[3] {1, 1, 8}> () ww = Expand (w, w3) g = Mul (e, ww) y = Add (g, c)"""
+NORMS["flax: a variance kept above zero"] = """zero = Constant <value = float {0.0}> () m = ReduceMean <axes = [2]> (x)
+    d = Sub (x, m) p = Mul (x, x) q = ReduceMean <axes = [2]> (p) mm = Mul (m, m) v0 = Sub (q, mm) v = Max (zero, v0)
+    a = Add (v, eps) r = Sqrt (a) e = Div (d, r) g = Mul (e, w) y = Add (g, c)"""
 RMS = {
     "pow, reciprocal": """p = Pow (x, two) q = ReduceMean <axes = [-1]> (p) a = Add (q, eps) r = Sqrt (a)
         i = Reciprocal (r) n = Mul (x, i) y = Mul (n, w)""",
@@ -280,6 +238,17 @@ def test_the_original_rotary_embedding(tmp_path):
     assert node.attributes["rotary_dim"].value == 4
 
 
+@pytest.mark.parametrize(("rows", "shape"), [(False, "b, 2, s, 8"), (True, "b, s, 16")])
+def test_onnxruntimes_rotary_embedding_from_a_position_on(rows, shape, tmp_path):
+    heads = " <num_heads = 2>" if rows else ""
+    body = f"y = com.microsoft.RotaryEmbedding{heads} (x, first, cos, sin)"
+    inputs = f"float[{shape}] x, int64[1] first, float[16, 4] cos, float[16, 4] sin"
+    proto = model(body, inputs, f"float[{shape}] y")
+    report, (node,) = rewritten(proto, tmp_path, random_inputs(proto) | {"first": np.array([3])})
+    assert report.replaced == {"rotary_embedding": 1}
+    assert len(node.inputs) == 5
+
+
 def test_interleaved_rotary_embeddings(tmp_path):
     """As GPT-J turns neighbours."""
     body = f"""{NUMBERS} end = Constant <value = int64[1] {{9223372036854775807}}> () even = Slice (x, n0, end, n3, n2)
@@ -307,6 +276,19 @@ def test_what_does_not_turn_is_left(change, tmp_path):
 ROWS = "float[b, s, 16] x, float[b, t, 16] z"
 SPLIT = "four = Constant <value = int64[4] {0, 0, 2, 8}> () half = Constant <value = float {0.5}> ()"
 MERGE = "three = Constant <value = int64[3] {0, 0, 16}> ()"
+FLAT = " ".join(
+    [f"ax{n} = Constant <value = int64[1] {{{n}}}> () c{n} = Identity (ax{n})" for n in (1, 2, 3, 4, 8)]
+    + ["c01 = Constant <value = int64[2] {0, 1}> () m1 = Constant <value = int64[1] {-1}> ()"]
+    + ["three0 = Constant <value = int64[3] {0, 0, 16}> ()"]
+)
+
+
+def flattened(x, out):
+    """[B, H, .., D] as [B*H, S, D], its sizes computed."""
+    return f"""{out}s = Shape ({x}) {out}f = Gather ({out}s, c01) {out}p = ReduceProd <keepdims = 1> ({out}f)
+        {out}l = Gather ({out}s, m1) {out}c = Concat <axis = 0> ({out}p, m1, {out}l) {out} = Reshape ({x}, {out}c)"""
+
+
 ATTENTION = {
     "tensorflow: einsum": f"""{SPLIT} {MERGE} q = Reshape (x, four) k = Reshape (z, four) qs = Mul (q, half)
         p = Einsum <equation = "bqhd,bkhd->bhqk"> (qs, k) w = Softmax <axis = 3> (p)
@@ -324,6 +306,22 @@ ATTENTION = {
         p = com.microsoft.FusedMatMul <transB = 1, alpha = 0.5> (q, k) w = Softmax (p) o = MatMul (w, k)
         t0 = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape (t0, three)""",
     "onnxruntime's operator": "y = com.microsoft.MultiHeadAttention <num_heads = 2, scale = 0.5> (x, z, z)",
+    "tf2onnx: einsum as products of flattened heads": f"""{SPLIT} {FLAT} q1 = Reshape (x, four) q2 = Unsqueeze (q1, ax3)
+        q3 = Transpose <perm = [0, 2, 1, 3, 4]> (q2) {flattened("q3", "q")} k1 = Reshape (z, four)
+        k2 = Transpose <perm = [0, 2, 1, 3]> (k1) {flattened("k2", "k")} kt = Transpose <perm = [0, 2, 1]> (k)
+        p0 = MatMul (q, kt) qz = Shape (q3) kz = Shape (k2) front = Gather (qz, c01) back = Gather (qz, c2)
+        keys = Gather (kz, c2) s5 = Concat <axis = 0> (front, back, keys, c1) p1 = Reshape (p0, s5)
+        p2 = Squeeze (p1, ax4) p3 = Mul (p2, half) w = Softmax (p3) w1 = Unsqueeze (w, ax3) {flattened("w1", "w2")}
+        o0 = MatMul (w2, k) o5 = Concat <axis = 0> (front, back, c8, c1) o1 = Reshape (o0, o5) o2 = Squeeze (o1, ax4)
+        o3 = Unsqueeze (o2, ax1) o4 = Transpose <perm = [0, 3, 1, 2, 4]> (o3) y = Reshape (o4, three0)""",
+    "a softmax over the keys of keys by queries": f"""{SPLIT} {MERGE} q1 = Reshape (x, four) k1 = Reshape (z, four)
+        k = Transpose <perm = [0, 2, 1, 3]> (k1) qt = Transpose <perm = [0, 2, 3, 1]> (q1) p = MatMul (k, qt)
+        ps = Mul (half, p) w = Softmax <axis = 2> (ps) wt = Transpose <perm = [0, 1, 3, 2]> (w) o = MatMul (wt, k)
+        t0 = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape (t0, three)""",
+    "values on the left": f"""{SPLIT} {MERGE} qr = Reshape (x, four) q = Transpose <perm = [0, 2, 1, 3]> (qr)
+        kr = Reshape (z, four) kt = Transpose <perm = [0, 2, 3, 1]> (kr) p = MatMul (q, kt) ps = Mul (p, half)
+        w = Softmax (ps) wt = Transpose <perm = [0, 1, 3, 2]> (w) o = MatMul (kt, wt)
+        t0 = Transpose <perm = [0, 3, 1, 2]> (o) y = Reshape (t0, three)""",
 }
 
 
@@ -344,6 +342,65 @@ MASKS = {
                                 "f = Cast <to = 1> (u) one = Constant <value = float {1.0}> () d = Sub (one, f) "
                                 "low = Constant <value = float {-10000.0}> () bias = Mul (d, low)", "b"),
 }  # fmt: skip
+
+
+BY = "g = Cast <to = 1> (m) h = Mul (ps, g)"
+GATES = {  # written into scores by a product with the mask, as TensorFlow does
+    "by what hides": f"n = Not (m) f = Cast <to = 1> (n) low = Mul (f, far) {BY} pm = Add (h, low)",
+    "by one minus": f"{BY} i = Sub (one, g) low = Mul (i, near) pm = Sub (h, low)",
+    "by nothing low": "g = Cast <to = 1> (m) pm = Mul (g, ps)",
+    "by another mask": f"n = Not (m2) f = Cast <to = 1> (n) low = Mul (f, far) {BY} pm = Add (h, low)",
+    "by its opposite": f"f = Cast <to = 1> (m) low = Mul (f, far) {BY} pm = Add (h, low)",
+    "by little": f"n = Not (m) f = Cast <to = 1> (n) {BY} pm = Sub (h, f)",
+}
+REASONS = ["does not hide them", "nothing low is added", "by another", "by another", "become -1, which does not hide"]
+
+
+RENORMALIZED = {  # jax2onnx's dot_product_attention: (what is changed, whether it is one)
+    "as it is": ({}, True),
+    "the sum of the weights": ({"ReduceSum (wm, last)": "ReduceSum (w, last)"}, False),
+    "over queries": ({"ReduceSum (wm, last)": "ReduceSum (wm, second)"}, False),
+    "one where nothing is seen": ({"Where (nz, d, zero)": "Where (nz, d, one)"}, False),
+    "by two": ({"Where (nz, t, one)": "Where (nz, t, two)"}, False),
+    "more than one": ({"Greater (t, zero)": "Greater (t, one)"}, False),
+    "by a float": ({"f = Cast <to = 1> (m)": "f = Identity (m3)"}, False),
+}
+
+
+@pytest.mark.parametrize("form", RENORMALIZED)
+def test_weights_that_are_masked_and_made_to_sum_up_again(form, tmp_path):
+    changes, expected = RENORMALIZED[form]
+    body = """kt = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (q, kt) w = Softmax <axis = 3> (p)
+        f = Cast <to = 1> (m) wm = Mul (w, f) t = ReduceSum (wm, last) nz = Greater (t, zero) n = Where (nz, t, one)
+        d = Div (wm, n) z = Where (nz, d, zero) y = MatMul (z, v)"""
+    for old, new in changes.items():
+        body = body.replace(old, new)
+    inputs = (
+        """float[b, 2, 7, 8] q, float[b, 2, 7, 8] k, float[b, 2, 7, 8] v, bool[b, 1, 1, 7] m, float[b, 1, 1, 7] m3"""
+    )
+    constants = (
+        """float zero = {0.0}, float one = {1.0}, float two = {2.0}, int64[1] last = {-1}, int64[1] second = {2}"""
+    )
+    _, nodes = rewritten(model(body, inputs, "float[b, 2, 7, 8] y", constants), tmp_path)
+    assert bool(nodes) == expected
+    if nodes:
+        assert "".join(p for p, value in zip("qkvblm", nodes[0].inputs, strict=False) if value) == "qkvlm"
+
+
+@pytest.mark.parametrize("form", GATES)
+def test_masks_by_which_scores_are_multiplied(form, tmp_path):
+    body = f"""{SPLIT} qr = Reshape (x, four) q = Transpose <perm = [0, 2, 1, 3]> (qr) kr = Reshape (z, four)
+        k = Transpose <perm = [0, 2, 1, 3]> (kr) kt = Transpose <perm = [0, 2, 3, 1]> (kr) p = MatMul (q, kt)
+        ps = Mul (p, half) {GATES[form]} w = Softmax (pm) y = MatMul (w, k)"""
+    constants = "float far = {-3.0e38}, float near = {1e10}, float one = {1.0}"
+    inputs = f"{ROWS}, bool[b, 1, 1, t] m, bool[b, 1, 1, t] m2"
+    report, nodes = rewritten(model(body, inputs, "float[b, 2, s, 8] y", constants), tmp_path)
+    assert len(nodes) == (form in ("by what hides", "by one minus"))
+    if nodes:
+        given = "".join(port for port, value in zip("qkvblm", nodes[0].inputs, strict=False) if value is not None)
+        assert given == "qkvlm"
+    else:
+        assert any(reason in report.near_misses[0].reason for reason in REASONS), report
 
 
 @pytest.mark.parametrize("form", MASKS)

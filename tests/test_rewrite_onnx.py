@@ -324,6 +324,7 @@ def attention(
         {"mask": ("b", 1, "s", "t")},
         {"mask": (1, 4, 1, "t"), "swap": True},
         {"mask": ("s", "t")},
+        {"mask": ("b2", 1, "s", "t2")},
     ],
 )
 def test_attention_however_it_is_written(tmp_path, options):
@@ -335,7 +336,7 @@ def test_attention_however_it_is_written(tmp_path, options):
 
 
 def attention_inputs(mask=None):
-    size = {"b": 2, "s": 5, "t": 7}
+    size = {"b": 2, "s": 5, "t": 7, "b2": 2, "t2": 7}
     generator = np.random.default_rng(0)
     shapes = {"q": (2, 4, 5, 8), "k": (2, 4, 7, 8), "v": (2, 4, 7, 8)}
     if mask:
@@ -348,7 +349,7 @@ def attention_inputs(mask=None):
     [
         ({"softmax_axis": 1}, "a softmax over axis 1 of 4, not over the last"),
         ({"two": True}, "its weights are used by something else too"),
-        ({"mask": ("b", 1, "s", "u")}, r"the mask's shape \[b, 1, s, u\] is not provably"),
+        ({"mask": ("b", 1, "s", 1)}, r"the mask's shape \[b, 1, s, 1\] is not provably"),
         ({"head": 300}, "the head dimension is 300"),
         ({"head": "d"}, "the heads of q .* are not known"),
     ],

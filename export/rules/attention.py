@@ -14,11 +14,14 @@ import numpy as np
 import onnx_ir as ir
 
 from trimaran.export.onnx_graph import (
+    MOST_VIEWS,
+    RESHAPES,
     Inserter,
     attribute,
     dims,
     dtype_of,
     is_same,
+    is_view,
     only_user,
     readable,
     replace_value,
@@ -28,8 +31,8 @@ from trimaran.export.onnx_graph import (
     uncast,
 )
 from trimaran.export.report import Fault
-from trimaran.export.rules.heads import PLAIN, ROWS, Operand, as_heads, as_rows, lifted, put_back, unrepeated
-from trimaran.export.rules.masks import Mask, MaskReader, bias_input, key_inputs
+from trimaran.export.rules.heads import PLAIN, ROWS, Operand, as_heads, as_rows, followed, lifted, put_back, unrepeated
+from trimaran.export.rules.masks import Mask, MaskReader, Term, alike, bias_input, key_inputs
 from trimaran.export.rules.scores import Scores, read_scores, weighted_values
 from trimaran.export.schemas import DOMAIN
 from trimaran.export.shapes import STANDARD
@@ -54,16 +57,24 @@ class Attention:
 def from_softmax(node: ir.Node, opset: int) -> Attention | str | None:
     """softmax(q k^T * scale + mask) v, scales, masks, casts and a cap on the way."""
     shape = dims(node.outputs[0])
-    product = weighted_values(node)
+    axis = attribute(node, "axis", -1 if opset >= 13 else 1)
+    turned = opset >= 13 and shape is not None and axis in (-2, len(shape) - 2)  # softmax(k q^T), over the keys
+    masks: list[ir.Value] = []
+    product = weighted_values(node, turned, None if turned else masks)
+    if product is None and turned:
+        return f"a softmax over axis {axis} of {len(shape or ())}, not over the last"
     if product is None or isinstance(product, str):
         return "the softmax is not multiplied with values" if product is None and shape and len(shape) > 2 else product
     scores = read_scores(node.inputs[0])
+    if isinstance(scores, Scores) and scores.gate is not None:
+        scores = "the scores are multiplied by a mask, which does not hide them"
     if not isinstance(scores, Scores):
         return Fault.of(scores or "the scores are not a product of queries and keys", node.inputs[0])
     if node.domain not in STANDARD or shape is None or len(shape) not in (3, 4):
         return f"its scores have shape {readable(shape)}, expected [B, H, Sq, Sk] or [B*H, Sq, Sk]"
-    axis = attribute(node, "axis", -1 if opset >= 13 else 1)
-    if axis not in (-1, len(shape) - 1):
+    if turned and not (scores.terms or scores.seen):
+        scores = scores.turned()
+    elif axis not in (-1, len(shape) - 1):
         return f"a softmax over axis {axis} of {len(shape)}, not over the last"
     found = Attention(scores.q, scores.k, product.v, scores.scale, Mask(), product.out, product.order, scores.softcap)
     added = {source(uncast(term.value)) for term in scores.terms}
@@ -73,12 +84,16 @@ def from_softmax(node: ir.Node, opset: int) -> Attention | str | None:
     if isinstance(whole, str):
         return whole
     found, shape = whole
+    wide, tall = dims(node.inputs[0]) or (), scores.shape or ()
+    wide = wide if not turned else (*wide[:-2], *wide[:-3:-1])
+    if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(wide, tall, strict=False)):
+        return f"the scores {readable(tall)} become {readable(wide)} by what is added to them"
     reader = MaskReader(shape)
     for term in scores.terms:
         problem = reader.added(term, dtype_of(found.q.value))
         if problem is not None:
             return problem
-    for term, fill in scores.seen:
+    for term, fill in (*scores.seen, *((Term(mask), -np.inf) for mask in masks)):
         reader.mask.fills.add(fill)
         problem = reader.seen(term)
         if problem is not None:
@@ -89,7 +104,7 @@ def from_softmax(node: ir.Node, opset: int) -> Attention | str | None:
 def split(found: Attention, softmax: ir.Node, scores: Scores) -> tuple[Attention, tuple[Any, ...]] | str:
     """With operands of four dimensions, and the scores' shape in four: where the product is one of [B*H, S, D], what
     was flattened is taken from before that, or all is one batch of B*H heads."""
-    shape: Any = dims(softmax.outputs[0])
+    shape: Any = scores.shape or dims(softmax.outputs[0])
     views = [term.views for term in scores.terms] + [term.views for term, _ in scores.seen]
     four = next(
         (dims(view.outputs[0]) for each in views for view in each if len(dims(view.outputs[0]) or ()) == 4), None
@@ -107,22 +122,36 @@ def split(found: Attention, softmax: ir.Node, scores: Scores) -> tuple[Attention
         }
         return replace(found, **plain, flat=True), (1, *shape)
     whole: dict[str, Any] = {name: lifted_operand(getattr(found, name), full) for name in "qkv"}
-    merge = only_user(found.out, "Reshape")
-    if None in whole.values() or merge is None or not same_dims((dims(merge.outputs[0]) or ())[:3], full[:3]):
+    turned = (0, 1, *(axis + 1 for axis in found.order[1:]))
+    rows = (full[2], (dims(found.out) or (None,) * 3)[found.order.index(2)])
+    apart = parted(found.out, (*full[:2], *(rows[axis - 1] for axis in found.order[1:])))
+    if None in whole.values() or apart is None:
         return "heads are merged with the batch, and what is done to them is not undone"
-    return replace(found, **whole, out=merge.outputs[0], order=PLAIN), full
+    return replace(found, **whole, out=apart, order=turned), full
+
+
+def parted(value: ir.Value, shape: tuple[Any, ...]) -> ir.Value | None:
+    """What views alone make of a value, in that shape."""
+    for _ in range(MOST_VIEWS):
+        view = only_user(value, "Transpose", *RESHAPES)
+        if view is None or not is_view(view):
+            return None
+        value = view.outputs[0]
+        found = dims(value) or (None,)
+        # the product of weights and v has the batch of v, whatever is known of what masked the weights
+        if same_dims(found[1:], shape[1:]) and found[0] is not None and alike(found[0], shape[0]):
+            return value
+    return None
 
 
 def lifted_operand(operand: Operand, full: tuple[Any, ...]) -> Operand | None:
-    value = lifted(operand.value, full[0], full[1])
-    if value is None:
+    after = dims(operand.value) or ()
+    found = lifted(operand.value, (*full[:2], *after[1:]))
+    if found is None:
         return None
     order = (0, 1, *(axis + 1 for axis in operand.order[1:]))
-    node = value.producer()
-    if node is not None and node.op_type == "Transpose" and node.domain in STANDARD:
-        inner = node.attributes["perm"].value if "perm" in node.attributes else (3, 2, 1, 0)
-        return None if node.inputs[0] is None else Operand(node.inputs[0], tuple(inner[axis] for axis in order))
-    return Operand(value, order)
+    inner, factor = followed(found.value, tuple(found.order[axis] for axis in order))
+    return inner if factor == 1.0 else None
 
 
 def checked(match: Attention) -> Attention | str:

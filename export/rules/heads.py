@@ -6,15 +6,31 @@ An `Operand` is a view: logically [B, H, S, D], it is the transposition of a val
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
 
-from trimaran.export.onnx_graph import Inserter, dims, made_by, only_user, permutation, same, same_dims, scalar, source
+from trimaran.export.onnx_graph import (
+    MOST_VIEWS,
+    RESHAPES,
+    Inserter,
+    dims,
+    is_view,
+    made_by,
+    only_user,
+    permutation,
+    same_dims,
+    scalar,
+    source,
+    standard,
+    views_back,
+)
 from trimaran.export.shapes import product, typed
 
 PLAIN, ROWS = (0, 1, 2, 3), (0, 2, 1, 3)
+MOST_AXES = 6
 
 
 @dataclass(frozen=True)
@@ -79,14 +95,37 @@ def around_bmm(value: ir.Value | None, order: tuple[int, ...]) -> tuple[ir.Value
     return None if source_value is None else (source_value, tuple((0, 1, 3, 2)[axis] for axis in order))
 
 
-def lifted(value: ir.Value, batch: Any, heads: Any) -> ir.Value | None:
-    """[B, H, .., ..] where the value is [B*H, .., ..] made of it by a Reshape."""
-    node = made_by(value, "Reshape")
-    before, after = (dims(node.inputs[0]), dims(value)) if node is not None else (None, None)
-    if node is None or before is None or after is None or len(before) != 4 or len(after) != 3:
+def lifted(value: ir.Value, shape: tuple[Any, ...]) -> Operand | None:
+    """The operand of four dimensions, of that shape, of which the value ([B*H, .., ..]) is a view."""
+    for before in views_back(value):
+        if same_dims(dims(before), shape):
+            return Operand(before)
+        turned = turned_heads(before.producer(), shape)
+        if turned is not None:
+            return turned
+    return None
+
+
+def turned_heads(node: ir.Node | None, shape: tuple[Any, ...]) -> Operand | None:
+    """What a Transpose among more axes, the others of size 1, turns into that shape of four."""
+    order, wide = (
+        (permutation(node), dims(node.outputs[0])) if node is not None and is_transpose(node) else (None, None)
+    )
+    if node is None or order is None or wide is None or not 4 <= len(wide) <= MOST_AXES:
         return None
-    right = same_dims(before[2:], after[1:]) and same(before[0], batch) and same(before[1], heads)
-    return node.inputs[0] if right else None
+    for kept in itertools.combinations(range(len(wide)), 4):
+        rest = [size for axis, size in enumerate(wide) if axis not in kept]
+        if all(size == 1 for size in rest) and same_dims([wide[axis] for axis in kept], shape):
+            sources = [order[axis] for axis in kept]
+            places = sorted(sources)
+            before = [(dims(node.inputs[0]) or ())[axis] for axis in places]
+            inner = next((v for v in views_back(node.inputs[0]) if same_dims(dims(v), before)), None)
+            return None if inner is None else Operand(inner, tuple(places.index(axis) for axis in sources))
+    return None
+
+
+def is_transpose(node: ir.Node) -> bool:
+    return standard(node, "Transpose") and node.inputs[0] is not None
 
 
 def unrepeated(operand: Operand) -> Operand:
@@ -135,12 +174,16 @@ def put_back(
     add: Inserter, rows: ir.Value, out: ir.Value, order: tuple[int, ...], shape: tuple[Any, ...]
 ) -> list[tuple[ir.Value, ir.Value]]:
     """(old, new) values: rows [B, S, H*D] in the place of `out`, which is Transpose([B, H, S, D] shape, order)."""
-    batch, heads, length, width = shape
+    batch, heads, length, width = (dims(out) or shape)[order.index(0)], *shape[1:]
+    shape = (batch, heads, length, width)
     typed(rows, out.dtype)
     rows.meta["dims"] = (batch, length, product((heads, width)))
     transpose = only_user(out, "Transpose")
     if transpose is not None and tuple(order[axis] for axis in permutation(transpose) or ()) == ROWS:
         out, order = transpose.outputs[0], ROWS
+    elif order == PLAIN and (wide := turned_back(out, shape)) is not None:
+        sizes = dims(wide) or ()
+        return [(wide, add.reshape(rows, [0, 0, *sizes[2:]], sizes))]
     if order == ROWS:
         merge = only_user(out, "Reshape")
         if merge is not None and same_dims(dims(merge.outputs[0]), (batch, length, product((heads, width)))):
@@ -149,3 +192,20 @@ def put_back(
     if order != ROWS:
         split = add.transpose(split, [ROWS[axis] for axis in order])
     return [(out, split)]
+
+
+def turned_back(out: ir.Value, shape: tuple[Any, ...]) -> ir.Value | None:
+    """[B, S, .., H, .., D], with axes of size 1 in between, that views and a Transpose make of [B, H, S, D]."""
+    batch, heads, length, width = shape
+    for _ in range(MOST_VIEWS):
+        node = only_user(out, "Transpose", *RESHAPES)
+        if node is None:
+            return None
+        if not is_view(node):
+            found = turned_heads(node, (batch, length, heads, width))
+            sizes = dims(node.outputs[0]) or ()
+            inner = found is not None and found.order == ROWS
+            whole = inner and same_dims(sizes[:2], (batch, length)) and all(isinstance(n, int) for n in sizes[2:])
+            return node.outputs[0] if whole else None
+        out = node.outputs[0]
+    return None

@@ -159,9 +159,11 @@ def put(add: Inserter, op: Any, inputs: Any, attrs: dict[str, Any], end: ir.Valu
 
 
 def plain_layer(value: ir.Value | None, *seen_by: ir.Node) -> ir.Node | None:
-    """The linear op without activation or residual that makes the value, of use to these nodes only."""
+    """The linear op without activation or residual that makes the value, of use to these nodes of its graph only."""
     node = made_by(value, linear.name, domain=DOMAIN)
     if node is None or attribute(node, "activation", "none") != "none" or len(node.inputs) > 3:
+        return None
+    if any(user.graph is not node.graph for user in seen_by):
         return None
     out = node.outputs[0]
     return node if not out.is_graph_output() and {use.node for use in out.uses()} <= {*seen_by} else None

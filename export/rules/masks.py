@@ -15,10 +15,21 @@ import numpy as np
 import onnx_ir as ir
 
 from trimaran.export.algebra import Expansion
-from trimaran.export.onnx_graph import Inserter, dims, dtype_of, made_by, readable, same, scalar, sides, source
+from trimaran.export.onnx_graph import (
+    Inserter,
+    dims,
+    dtype_of,
+    made_by,
+    readable,
+    same,
+    same_dims,
+    scalar,
+    sides,
+    source,
+)
 from trimaran.export.report import Fault
 from trimaran.export.rules.positions import bounds_of, fill_of
-from trimaran.export.shapes import broadcast_all
+from trimaran.export.shapes import broadcast_all, note, typed
 from trimaran.torch_path.lines import Bounds, plain
 
 LOWEST = {"float32": -3.4e38, "float16": -65504.0, "bfloat16": -3.38e38}  # added to a score, hides the key completely
@@ -27,8 +38,8 @@ HIDES = -1e4  # instead of a score: so much lower than others has a weight of ze
 
 @dataclass(frozen=True)
 class Term:
-    """A tensor that a mask is made of. views: Reshape nodes whose form it is yet to take; hidden: it says what is
-    hidden instead of what is seen; factor: of a float one."""
+    """A tensor that a mask is made of. views: nodes whose form it is yet to take, one after the other. hidden: it says
+    what is hidden instead of what is seen. factor: of a float one."""
 
     value: ir.Value
     views: tuple[ir.Node, ...] = ()
@@ -37,7 +48,9 @@ class Term:
 
     @property
     def shape(self) -> tuple[Any, ...] | None:
-        shape = dims(self.views[0].outputs[0] if self.views else self.value)
+        if self.views and not same_dims(dims(self.value), dims(self.views[0].inputs[0])):
+            return None  # it is broadcast first
+        shape = dims(self.views[-1].outputs[0] if self.views else self.value)
         return None if shape is None or len(shape) > 4 else (1,) * (4 - len(shape)) + shape
 
     def of(self, value: ir.Value) -> Term:
@@ -92,14 +105,11 @@ class MaskReader:
         if dtype_of(term.value) == "bool":
             return Fault.of("the mask is bool and added", term.value)
         term = unwrapped(term)
-        split = (
-            (masked_value(term.value, LOWEST.get(dtype, -np.inf)) or switched(term.value, LOWEST.get(dtype, -np.inf)))
-            if term.factor > 0
-            else None
-        )
+        low = LOWEST.get(dtype, -np.inf) / term.factor if term.factor > 0 else -np.inf
+        split = (masked_value(term.value, low) or switched(term.value, low)) if term.factor > 0 else None
         if split is not None:
-            condition, kept, low, hides = split
-            self.mask.fills.add(low)
+            condition, kept, fill, hides = split
+            self.mask.fills.add(fill)
             seen = self.seen(replace(term.of(condition), hidden=hides))
             return seen or (None if kept is None else self.added(term.of(kept), dtype))
         if dtype_of(term.value) != dtype:
@@ -108,7 +118,7 @@ class MaskReader:
         if shape is None or not self.fits(shape):
             full = readable(dims(term.value))
             return Fault.of(f"the mask's shape {full} is not provably [1|B, 1|H, 1|Sq, Sk]", term.value)
-        if term.factor > 0 and not term.views and self.upper_triangle(term.value, LOWEST.get(dtype, -np.inf)):
+        if term.factor > 0 and not term.views and self.upper_triangle(term.value, low):
             return None
         self.mask.biases.append(term)
         return None
@@ -124,10 +134,10 @@ class MaskReader:
         return True
 
     def fits(self, shape: tuple[Any, ...]) -> bool:
-        full = (self.batch, self.heads, self.queries)
-        return all(size == 1 or same(size, whole) for size, whole in zip(shape, full, strict=False)) and same(
-            shape[3], self.length
-        )
+        """Whether it may be [1|B, 1|H, 1|Sq, Sk]: of sizes that nobody knows the op itself says whether they do."""
+        *front, keys = zip(shape, (self.batch, self.heads, self.queries, self.length), strict=True)
+        row = same(*keys) or (keys[0] != 1 and alike(*keys))
+        return row and all(size == 1 or alike(size, whole) for size, whole in front)
 
     def window(self, bounds: Bounds) -> bool:
         """Take the bounds in, counted from where each query stands among the keys; False where they are not known."""
@@ -141,6 +151,11 @@ class MaskReader:
         self.mask.right = tighter(self.mask.right, right)
         self.mask.left = tighter(self.mask.left, left)
         return True
+
+
+def alike(size: Any, other: Any) -> bool:
+    """Equal sizes, or such of which that is not known."""
+    return same(size, other) or not isinstance(plain(size - other), int)
 
 
 def tighter(one: int, other: int | None) -> int:
@@ -158,9 +173,11 @@ def conjunction(term: Term) -> list[Term]:
     if (node := broadcast_of(value)) is not None and not term.views and node.inputs[0] is not None:
         return conjunction(term.of(node.inputs[0]))
     node = made_by(value, "Cast")
-    inner = made_by(node.inputs[0], "Cast") if node is not None else None
-    if inner is not None and inner.inputs[0] is not None and dtype_of(value) == dtype_of(inner.inputs[0]) == "bool":
-        return conjunction(term.of(inner.inputs[0]))
+    if node is not None and node.inputs[0] is not None and is_switch(node.inputs[0]):
+        return conjunction(term.of(node.inputs[0]))
+    both = made_by(value, "Mul")
+    if both is not None and not term.hidden and not term.views and all(map(is_switch, both.inputs)):
+        return [part for side in both.inputs if side is not None for part in conjunction(term.of(side))]
     for one, other in sides(made_by(value, "Equal")):
         fill = fill_of(other)
         if dtype_of(one) == "bool" and fill is not None:
@@ -207,20 +224,42 @@ def masked_value(value: ir.Value | None, low: float) -> tuple[ir.Value, ir.Value
 
 
 def switched(value: ir.Value, low: float) -> tuple[ir.Value, None, float, bool] | None:
-    """The same of a + b * Cast(bool), which is a or a + b; an expansion looks through the cast."""
+    """The same of a + b * Cast(bool), which is a or a + b."""
+    found = two_values(value)
+    if found is None:
+        return None
+    condition, off, on = found
+    if off == 0.0 and on <= low:
+        return condition, None, on, True
+    return (condition, None, off, False) if on == 0.0 and off <= low else None
+
+
+def two_values(value: ir.Value | None) -> tuple[ir.Value, float, float] | None:
+    """(condition, what the value is where that is False, and where it is True); the condition is bool, or 0 and 1."""
     expanded = Expansion().of(value, 4) or {}
     rest = [monomial for monomial in expanded if monomial]
     if len(rest) != 1 or len(rest[0]) != 1 or rest[0][0][1] != 1 or not isinstance(rest[0][0][0], ir.Value):
         return None
     condition = rest[0][0][0]
-    if dtype_of(condition) != "bool":
+    if not is_switch(condition):
         return None
     off = expanded.get((), 0.0)
     on = off + expanded[rest[0]]
-    on = 0.0 if abs(on) < 1e-6 * abs(off) else on
-    if off == 0.0 and on <= low:
-        return condition, None, on, True
-    return (condition, None, off, False) if on == 0.0 and off <= low else None
+    return condition, off, 0.0 if abs(on) < 1e-6 * abs(off) else on
+
+
+def is_switch(value: ir.Value | None) -> bool:
+    """Whether it is bool, or 0 and 1 made of such, whatever its shape became."""
+    if value is None or dtype_of(value) == "bool":
+        return value is not None
+    node = made_by(value, "Cast", "Expand", "Unsqueeze", "Reshape", "Squeeze", "Slice", "Transpose")
+    return node is not None and is_switch(node.inputs[0])
+
+
+def same_condition(one: Term, other: Term) -> bool:
+    """Whether two say the same, by the same values."""
+    parts = [{(source(part.value), part.hidden) for part in conjunction(term)} for term in (one, other)]
+    return parts[0] == parts[1]
 
 
 # ---- what goes into the op
@@ -229,10 +268,15 @@ def switched(value: ir.Value, low: float) -> tuple[ir.Value, None, float, bool] 
 def materialized(add: Inserter, term: Term) -> ir.Value:
     """The term as a tensor, its views taken; a bool one says what is seen."""
     value = term.value
+    if is_switch(value) and dtype_of(value) != "bool":
+        value = add.cast(value, ir.DataType.BOOL)
     if term.hidden:
         value = add("Not", value, dtype=ir.DataType.BOOL, shape=dims(value))
-    for view in reversed(term.views):
-        value = add("Reshape", value, view.inputs[1], dtype=value.dtype, shape=dims(view.outputs[0]))
+    for view in term.views:
+        like = add.node(view.op_type, [value, *view.inputs[1:]], view.attributes).outputs[0]
+        typed(like, value.dtype)
+        note(like, dims(view.outputs[0]))
+        value = like
     if term.factor != 1.0:
         assert value.dtype is not None
         factor = add.constant(np.array(term.factor, value.dtype.numpy()))

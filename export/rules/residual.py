@@ -12,10 +12,15 @@ from trimaran.export.schemas import DOMAIN
 from trimaran.kernels.contract import Op
 
 
-def added(x: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """The two tensors of x's own shape and dtype whose sum it is, None where it is none."""
+def added(x: ir.Value, within: Any) -> tuple[ir.Value, ir.Value] | None:
+    """The two tensors of x's own shape and dtype whose sum it is, None where it is none, or one of another graph: what
+    the norm gives in a body would be no value there."""
     node = made_by(x, "Add")
-    if node is None or any(v is None or v.dtype != x.dtype or not same_dims(dims(v), dims(x)) for v in node.inputs):
+    if (
+        node is None
+        or node.graph is not within
+        or any(v is None or v.dtype != x.dtype or not same_dims(dims(v), dims(x)) for v in node.inputs)
+    ):
         return None
     return node.inputs[0], node.inputs[1]  # type: ignore[return-value]
 
@@ -34,7 +39,7 @@ def rewrite_norm(op: Op, match: Norm, attrs: dict[str, Any]) -> None:
     x, residual, total = match.x, match.residual, match.total
     if match.shift is not None:
         x = add("Add", x, match.shift, dtype=x.dtype, shape=dims(x))
-    parts = added(x) if residual is None and all(map(known_early, (match.weight, match.bias))) else None
+    parts = added(x, anchor.graph) if residual is None and all(map(known_early, (match.weight, match.bias))) else None
     interior = between(x, match.end) if parts is not None else set()
     if parts is not None:
         total = source(x)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from trimaran.export.algebra import Expansion, close, multiply, variable
@@ -56,6 +57,7 @@ class Turned:
     heads_axis: int = 1
     positions: ir.Value | None = None
     num_heads: int = 0  # of an x that is rows [B, S, H*D]
+    first: ir.Value | None = None  # [1], the position of the first row, instead of the positions of all
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def used_after(node: ir.Node, other: ir.Node, order: dict[ir.Node, int]) -> bool
 
 def fits(one: Turned, other: Turned, order: dict[ir.Node, int]) -> bool:
     """The two can be turned at once, where the later one is: nobody needs the earlier one before."""
-    if not all(alike(getattr(one, name), getattr(other, name)) for name in ("cos", "sin", "positions")):
+    if not all(alike(getattr(one, name), getattr(other, name)) for name in ("cos", "sin", "positions", "first")):
         return False
     styles = all(getattr(one, name) == getattr(other, name) for name in ("interleaved", "rotary_dim", "heads_axis"))
     a, b = (dims(turned.x) or () for turned in (one, other))
@@ -281,18 +283,20 @@ def with_layout(turned: Turned) -> Turned | str | None:
     if turned.end.dtype != turned.x.dtype:
         return f"q is {dtype_of(turned.x)} and turned it is {dtype_of(turned.end)}"
     width = turned.rotary_dim or shape[3]
-    for table in (turned.cos, turned.sin):
-        sizes = dims(table) or ()
-        full = (1,) * (4 - len(sizes)) + tuple(sizes)
-        right = len(sizes) in (2, 3, 4) and full[3] in (width, width // 2) and (full[0] == 1 or same(full[0], shape[0]))
-        by_heads = right and full[1] == 1 and same(full[2], shape[2])
-        by_rows = right and full[2] == 1 and same(full[1], shape[1])
-        if not by_heads and not by_rows:
-            return Fault.of(
-                f"cos or sin has shape {readable(sizes)}, expected [1|B, 1, S, R] of q {readable(shape)}", table
-            )
-        turned = replace(turned, heads_axis=1 if by_heads else 2)
-    return turned if isinstance(shape[turned.heads_axis], int) else None
+    for axis in (1, 2):
+        if all(of_positions(table, shape, width, axis) for table in (turned.cos, turned.sin)):
+            return replace(turned, heads_axis=axis) if isinstance(shape[axis], int) else None
+    sizes = [dims(table) for table in (turned.cos, turned.sin)]
+    found = f"cos and sin have shapes {readable(sizes[0])} and {readable(sizes[1])}"
+    return Fault.of(f"{found}, expected [1|B, 1, S, R] of q {readable(shape)}", turned.cos)
+
+
+def of_positions(table: ir.Value, shape: tuple[Any, ...], width: Any, heads_axis: int) -> bool:
+    """Whether a table has a row for each position of x, whose heads lie on that axis."""
+    sizes = dims(table) or ()
+    full = (1,) * (4 - len(sizes)) + tuple(sizes)
+    fits = len(sizes) in (2, 3, 4) and full[3] in (width, width // 2) and (full[0] == 1 or same(full[0], shape[0]))
+    return fits and full[heads_axis] == 1 and same(full[3 - heads_axis], shape[3 - heads_axis])
 
 
 def read_operator(node: ir.Node) -> Turned | str:
@@ -308,11 +312,14 @@ def read_operator(node: ir.Node) -> Turned | str:
         return "it scales, or its rows are packed"
     batch, length = (shape[0], shape[1 if len(shape) == 3 else 2]) if len(shape) in (3, 4) else (None, None)
     rank = len(dims(cos) or ())
+    first = positions if own and dims(positions) == (1,) and dtype_of(positions) == "int64" and rank == 2 else None
+    positions = None if first is not None else positions
     if positions is not None and (len(dims(positions) or ()) != 2 or rank != 2 or dtype_of(positions) != "int64"):
         return Fault.of(
             f"its positions are {dtype_of(positions)}{readable(dims(positions))}, expected int64 [B, S]", positions
         )
-    rows = dims(positions) if positions is not None else (dims(cos) or ())[:-1]
+    rows = (1, length) if first is not None else dims(positions if positions is not None else cos)
+    rows = rows if first is not None or positions is not None else (rows or ())[:-1]
     if (
         batch is None
         or rows is None
@@ -328,7 +335,7 @@ def read_operator(node: ir.Node) -> Turned | str:
     if head is None or not isinstance(head, int) or not isinstance(width, int) or width > head:
         return f"q has shape {readable(shape)} and cos {readable(dims(cos))}"
     found = Turned(node.outputs[0], x, cos, sin, bool(attribute(node, "interleaved", 0)), 0 if width == head else width)
-    return replace(found, positions=positions, num_heads=heads if len(shape) == 3 else 0)
+    return replace(found, positions=positions, first=first, num_heads=heads if len(shape) == 3 else 0)
 
 
 # ---- rewriting
@@ -352,7 +359,8 @@ def rewrite_rotary(node: ir.Node, match: Pair) -> None:
         inputs = [turned.x for turned in both]
     else:
         inputs = [as_rows(add, x) if in_rows else as_heads(add, x) for x in given]
-    operands = [inputs[0], *tables, inputs[1] if len(both) > 1 else None, match.q.positions]
+    positions = match.q.positions if match.q.first is None else counted(add, match.q)
+    operands = [inputs[0], *tables, inputs[1] if len(both) > 1 else None, positions]
     new = add.node(
         rotary_embedding.name, operands, attrs, domain=DOMAIN, num_outputs=len(both), version=rotary_embedding.version,
         name=node.name,
@@ -360,6 +368,18 @@ def rewrite_rotary(node: ir.Node, match: Pair) -> None:
     for turned, x, made in zip(both, given, new.outputs, strict=True):
         typed(made, turned.x.dtype)
         put_in_place(add, turned, x, made, in_rows)
+
+
+def counted(add: Inserter, turned: Turned) -> ir.Value:
+    """[1, S], the positions from the first on"""
+    axis = 1 if turned.num_heads else 2
+    length = (dims(turned.x) or (None,) * 3)[axis]
+    kind = ir.DataType.INT64
+    sizes = add("Shape", turned.x, dtype=kind, shape=[len(dims(turned.x) or ())])
+    size = add("Gather", sizes, add.constant(np.array(axis, np.int64)), axis=0, dtype=kind, shape=[])
+    zero, one = (add.constant(np.array(n, np.int64)) for n in (0, 1))
+    steps = add("Range", zero, size, one, dtype=kind, shape=[length])
+    return add.reshape(add("Add", steps, turned.first, dtype=kind, shape=[length]), [1, -1], [1, length])
 
 
 def later(node: ir.Node, ends: list[Any]) -> ir.Node:
@@ -394,7 +414,7 @@ def put_in_place(add: Inserter, turned: Turned, x: Operand, made: ir.Value, in_r
 def table(add: Inserter, value: ir.Value, turned: Turned) -> ir.Value:
     """cos or sin as [1|B, S, R] or [S, R]"""
     shape = dims(value) or ()
-    if turned.positions is not None or turned.num_heads or len(shape) == 2:
+    if turned.positions is not None or turned.first is not None or turned.num_heads or len(shape) == 2:
         return value
     if len(shape) == 3 and turned.heads_axis == 1 and standard_rows(turned, shape):
         return value

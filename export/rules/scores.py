@@ -14,9 +14,23 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from trimaran.export.onnx_graph import dims, dtype_of, made_by, only_user, scalar, sides, source, standard, users
-from trimaran.export.rules.heads import Operand, followed
-from trimaran.export.rules.masks import HIDES, Term, masked_value
+from trimaran.export.onnx_graph import (
+    RESHAPES,
+    dims,
+    dtype_of,
+    is_view,
+    made_by,
+    only_user,
+    permutation,
+    scalar,
+    sides,
+    source,
+    standard,
+    users,
+    views_back,
+)
+from trimaran.export.rules.heads import Operand, followed, turned_heads
+from trimaran.export.rules.masks import HIDES, Term, is_switch, masked_value, same_condition, two_values
 from trimaran.export.rules.positions import fill_of
 from trimaran.export.shapes import attr, given
 
@@ -26,7 +40,8 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Scores:
-    """scale * q k^T, capped, with everything that was added (`terms`) and every mask that was filled in (`seen`)."""
+    """scale * q k^T, capped, with everything that was added (`terms`) and every mask that was filled in (`seen`). gate:
+    a mask that they were multiplied by, which hides nothing before something low is added where it is 0."""
 
     q: Operand
     k: Operand
@@ -34,6 +49,12 @@ class Scores:
     softcap: float = 0.0
     terms: tuple[Term, ...] = ()
     seen: tuple[tuple[Term, float], ...] = field(default=())
+    gate: Term | None = None
+    shape: tuple[Any, ...] | None = None  # before anything was added
+
+    def turned(self) -> Scores:
+        """Of keys by queries, as queries by keys."""
+        return replace(self, q=self.k, k=self.q, shape=(*self.shape[:-2], *self.shape[:-3:-1]) if self.shape else None)
 
 
 Found: TypeAlias = Scores | str | None
@@ -52,13 +73,11 @@ def read_scores(value: ir.Value | None, above: float = 1.0, views: tuple[ir.Node
 
     if standard(node, "MatMul", "Einsum") or node.op_type == "FusedMatMul":
         return _product(node, above, views)
+    if is_view(node):
+        return below(node.inputs[0], through=(node, *views))
     if not standard(node, *_STEPS):
         return None
     return _STEPS[node.op_type](node, above, views, below)
-
-
-def _viewed(node: ir.Node, above: float, views: tuple[ir.Node, ...], below: Callable[..., Found]) -> Found:
-    return below(node.inputs[0], through=(node, *views))
 
 
 def _cast(node: ir.Node, above: float, views: tuple[ir.Node, ...], below: Callable[..., Found]) -> Found:
@@ -72,7 +91,13 @@ def _scaled(node: ir.Node, above: float, views: tuple[ir.Node, ...], below: Call
     if by is not None and (by or node.op_type == "Mul"):
         return below(one, by if node.op_type == "Mul" else 1.0 / by)
     by = scalar(one)
-    return below(other, by) if by is not None and node.op_type == "Mul" else None
+    if by is not None:
+        return below(other, by) if node.op_type == "Mul" else None
+    for kept, gate in sides(node) if node.op_type == "Mul" else ():
+        inner = below(kept) if is_switch(gate) and dtype_of(gate) in FLOATS and not views else None
+        if isinstance(inner, Scores) and inner.gate is None:
+            return replace(inner, gate=Term(gate))
+    return None
 
 
 def _sum(node: ir.Node, above: float, views: tuple[ir.Node, ...], below: Callable[..., Found]) -> Found:
@@ -80,11 +105,28 @@ def _sum(node: ir.Node, above: float, views: tuple[ir.Node, ...], below: Callabl
     one, other = node.inputs
     for kept, added, factor, through in ((one, other, sign, 1.0), (other, one, 1.0, sign)):
         inner = below(kept, through)
+        if isinstance(inner, Scores) and inner.gate is not None:
+            return filled(inner, added, factor * above)
         if isinstance(inner, Scores) and added is not None:
             return replace(inner, terms=(*inner.terms, Term(added, views, factor * above)))
         if isinstance(inner, str):
             return inner
     return None
+
+
+def filled(scores: Scores, added: ir.Value | None, factor: float) -> Found:
+    """mask * scores + low * (1 - mask), which is low where the mask hides"""
+    found, gate = two_values(added), scores.gate
+    assert gate is not None
+    if found is None or 0.0 not in found[1:]:
+        return "the scores are multiplied by a mask, and nothing low is added where it is 0"
+    condition, off, on = found
+    fill = (off or on) * factor
+    if not fill <= HIDES:
+        return f"masked scores become {fill:g}, which does not hide them"
+    if not same_condition(gate, Term(condition, hidden=off == 0.0)):
+        return "the scores are multiplied by one mask, and something low is added by another"
+    return replace(scores, gate=None, seen=(*scores.seen, (gate, fill)))
 
 
 def _capped(node: ir.Node, above: float, views: tuple[ir.Node, ...], below: Callable[..., Found]) -> Found:
@@ -102,9 +144,11 @@ def _masked(node: ir.Node, above: float, views: tuple[ir.Node, ...], below: Call
     if split is not None:
         condition, kept, fill, hides = split
         inner = below(kept)
-        if isinstance(inner, Scores):
-            return replace(inner, seen=(*inner.seen, (Term(condition, views, hidden=hides), fill * above)))
-        return inner
+        if not isinstance(inner, Scores):
+            return inner
+        if not fill * above <= HIDES:
+            return f"masked scores become {fill * above:g}, which does not hide them"
+        return replace(inner, seen=(*inner.seen, (Term(condition, views, hidden=hides), fill * above)))
     for one, other in (node.inputs[1:], node.inputs[:0:-1]):
         if isinstance(below(one), Scores):
             return f"masked scores become {fill_of(other)}, which does not hide them"
@@ -112,7 +156,6 @@ def _masked(node: ir.Node, above: float, views: tuple[ir.Node, ...], below: Call
 
 
 _STEPS: dict[str, Callable[..., Found]] = {
-    "Reshape": _viewed,
     "Cast": _cast,
     "Mul": _scaled,
     "Div": _scaled,
@@ -135,7 +178,7 @@ def _product(node: ir.Node, above: float, views: tuple[ir.Node, ...]) -> Found:
     if q is None or k is None or keeps_weights(k):
         return None
     alpha = float(attr(node, "alpha", 1.0)) if node.op_type == "FusedMatMul" else 1.0
-    return Scores(q, k, above * alpha * q_scale * k_scale)
+    return Scores(q, k, above * alpha * q_scale * k_scale, shape=dims((views[-1] if views else node).outputs[0]))
 
 
 def keeps_weights(k: Operand) -> bool:
@@ -202,27 +245,56 @@ class Weighted:
     guards: tuple[ir.Value, ...] = ()  # of what rows that are all -inf were made zero
 
 
-def weighted_values(softmax: ir.Node) -> Weighted | str | None:
-    """None where no such product follows, a str where more than that does."""
+def weighted_values(
+    softmax: ir.Node, turned: bool = False, masks: list[ir.Value] | None = None
+) -> Weighted | str | None:
+    """None where no such product follows, a str where more than that does. turned: the softmax is [.., Sk, Sq]. masks:
+    gets what the weights were multiplied by, before they were made to sum up to 1 again."""
     value = softmax.outputs[0]
     guards: list[ir.Value] = []
     while True:
         value = guarded(safe(value), guards)
+        if masks is not None and (again := renormalized(value, masks)) is not None:
+            value = again
         nodes = users(value)
-        product = next((n for n in nodes if is_product(n) and source(n.inputs[0]) is value), None)
+        product = next((n for n in nodes if is_product(n, softmax) and source(n.inputs[turned]) is value), None)
         if product is not None:
             if len(nodes) > 1 or value.is_graph_output():
                 return "its weights are used by something else too"
-            found = _weighted(product)
+            found = _weighted_turned(product) if turned else _weighted(product)
             return replace(found, guards=tuple(guards)) if isinstance(found, Weighted) else found
-        step = only_user(value, "Cast", "Reshape", "Dropout")
-        if step is None:
+        step = only_user(value, "Cast", "Transpose", *RESHAPES)
+        if step is None or dtype_of(step.outputs[0]) not in FLOATS:
             return None
+        if step.op_type != "Cast" and not is_view(step):
+            if not swaps(step, value):
+                return None
+            turned = not turned
         value = step.outputs[0]
 
 
-def is_product(node: ir.Node) -> bool:
-    return standard(node, "MatMul", "Einsum") or node.op_type == "FusedMatMul"
+def is_product(node: ir.Node, softmax: ir.Node) -> bool:
+    return (standard(node, "MatMul", "Einsum") or node.op_type == "FusedMatMul") and node.graph is softmax.graph
+
+
+def swaps(node: ir.Node, value: ir.Value) -> bool:
+    """Whether a Transpose swaps the queries and keys of the weights, whatever axes of size 1 there are."""
+    shape = next((dims(v) for v in views_back(value) if len(dims(v) or ()) == 4), dims(value)) or ()
+    order = permutation(node) or []
+    if len(order) == len(shape) and len(shape) in (3, 4):
+        return order == [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
+    found = turned_heads(node, (*shape[:2], shape[3], shape[2])) if len(shape) == 4 else None
+    return found is not None and found.order == (0, 1, 3, 2)
+
+
+def _weighted_turned(product: ir.Node) -> Weighted | None:
+    """v^T w^T, which is (w v)^T"""
+    rank = len(dims(product.outputs[0]) or ())
+    if not standard(product, "MatMul") or rank not in (3, 4) or product.inputs[0] is None:
+        return None
+    order = (*range(rank - 2), rank - 1, rank - 2)
+    v, factor = followed(product.inputs[0], order)
+    return Weighted(v, product.outputs[0], order) if v is not None and factor == 1.0 else None
 
 
 def _weighted(product: ir.Node) -> Weighted | str | None:
@@ -259,3 +331,37 @@ def safe(value: ir.Value) -> ir.Value:
             if test is not None and source(test.inputs[0]) is value and len(users(value)) == 2:
                 return node.outputs[0]
     return value
+
+
+def renormalized(value: ir.Value, masks: list[ir.Value]) -> ir.Value | None:
+    """What a softmax becomes as `w * m / sum(w * m)`, zero where that sum is, which is the softmax over what m lets
+    through; m goes to the masks."""
+    product = only_user(value, "Mul")
+    mask = next((m for w, m in sides(product) if source(w) is value and is_switch(m)), None)
+    if product is None or mask is None:
+        return None
+    for total in (n for n in users(product.outputs[0]) if standard(n, "ReduceSum")):
+        rank = len(dims(product.outputs[0]) or ())
+        if given(total, "axes", 1) not in ([-1], [rank - 1]) or not attr(total, "keepdims", 1):
+            continue
+        for end in (n for n in users(product.outputs[0]) if standard(n, "Div")):
+            found = zero_where_nothing(end, product.outputs[0], total.outputs[0])
+            if found is not None and len(users(product.outputs[0])) == 2:
+                masks.append(mask)
+                return found
+    return None
+
+
+def zero_where_nothing(division: ir.Node, part: ir.Value, total: ir.Value) -> ir.Value | None:
+    """`Where(total > 0, part / Where(total > 0, total, 1), 0)`"""
+    below = made_by(division.inputs[1], "Where")
+    last = only_user(division.outputs[0], "Where")
+    if source(division.inputs[0]) is not source(part) or below is None or last is None:
+        return None
+    tests = [made_by(node.inputs[0], "Greater") for node in (below, last)]
+    positive = all(
+        t is not None and source(t.inputs[0]) is source(total) and fill_of(t.inputs[1]) == 0.0 for t in tests
+    )
+    one, zero = fill_of(below.inputs[2]) == 1.0, fill_of(last.inputs[2]) == 0.0
+    kept = source(below.inputs[1]) is source(total) and source(last.inputs[1]) is source(division.outputs[0])
+    return last.outputs[0] if positive and one and zero and kept else None

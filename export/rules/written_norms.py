@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from trimaran.export.algebra import ARITHMETIC, MEANS, Expansion, Function, Polynomial
-from trimaran.export.onnx_graph import dims, dtype_of, made_by, same, source, standard, uncast, users
+from trimaran.export.onnx_graph import RESHAPES, dims, dtype_of, made_by, same, source, standard, uncast, users
 from trimaran.export.shapes import given
 
 ROOTS = ("Sqrt", "Pow")
@@ -54,12 +54,13 @@ def read_root(node: ir.Node) -> Norm | str | None:
 
 
 def means_under(value: ir.Value | None, depth: int = FAR) -> list[ir.Node]:
-    node = made_by(value, *ARITHMETIC)
+    node = made_by(value, *ARITHMETIC, *RESHAPES, "Expand")
     if node is None or not depth:
         return []
     if node.op_type in MEANS:
         return [node]
-    return [found for part in node.inputs for found in means_under(part, depth - 1)]
+    parts = node.inputs if node.op_type in ARITHMETIC else node.inputs[:1]
+    return [found for part in parts for found in means_under(part, depth - 1)]
 
 
 def normalized_by(mean: ir.Node) -> list[ir.Value]:
@@ -108,7 +109,7 @@ def last_match(root: ir.Node, x: ir.Value, atom: Function, kind: str, eps: float
     found: list[tuple[tuple[int, int], ir.Value, Any]] = []
     for depth, value in descendants(root):
         parts = weight_and_bias(expansion.of(value), x, atom, kind)
-        if parts is not None and same((dims(value) or (None,))[-1], (dims(x) or (0,))[-1]):
+        if parts is not None and is_as_wide(value, x):
             found.append(((sum(part is not None for part in parts[:2]), depth), value, parts))
     found.sort(key=lambda entry: entry[0], reverse=True)
     plain = {source(value) for _, value, parts in found if parts[0] is None}
@@ -122,6 +123,13 @@ def last_match(root: ir.Node, x: ir.Value, atom: Function, kind: str, eps: float
     if found:
         return f"its result is {dtype_of(found[0][1])} and x is {dtype_of(x)}"
     return "what is multiplied with the inverse root is not what was squared, or by no weight [N]"
+
+
+def is_as_wide(end: ir.Value, x: ir.Value) -> bool:
+    """What is made of x, means of it, and vectors has the shape of x, unless a vector has more dimensions."""
+    one, other = dims(end) or (None,), dims(x) or (0,)
+    known = all(a == b or not isinstance(a, int) for a, b in zip(one, other, strict=False))
+    return len(one) == len(other) and known and same(one[-1], other[-1])
 
 
 def operands(end: ir.Value) -> list[ir.Value | None]:
