@@ -96,6 +96,22 @@ def test_a_model(name):
     assert not report.graph_breaks, report
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["GPTJModel", "CodeGenModel"])
+def test_queries_and_keys_in_fp32(name, dtype):
+    """Of models in half precision, which multiply them so."""
+    config, sizes, *_ = MODELS[name]
+    torch.manual_seed(0)
+    model = getattr(hf, name)(config(**sizes)).eval().to(dtype)
+    call = {"input_ids": torch.arange(3, 27).view(3, 8), "attention_mask": padding(3, 8, "right"), "use_cache": False}
+    with torch.no_grad():
+        before = tensors(model(**call), call)[0]
+    report = trimaran.optimize_model(model)
+    torch.testing.assert_close(tensors(model(**call), call)[0], before, rtol=0.03, atol=0.03)
+    assert report.replaced == MODELS[name][3], report
+
+
 @pytest.mark.parametrize("name", cases(OTHERWISE))
 def test_a_model_whose_attention_is_another(name):
     report = optimized(name, *OTHERWISE[name][:3])

@@ -19,14 +19,23 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 HALVES = [torch.float16, torch.bfloat16]
 NAMES = ["bert", "t5-gated", "llama", "vit"]
+MODELS = [*((name, "sdpa") for name in NAMES), ("llama", "eager")]
+
+
+def each_once(models):
+    """Every model in both dtypes, in one of them slowly."""
+    return [
+        pytest.param(model, dtype, marks=[] if (i + j) % 2 else pytest.mark.slow, id=f"{model}-{dtype}")
+        for i, model in enumerate(models)
+        for j, dtype in enumerate(HALVES)
+    ]
 
 
 def error(got, exact):
     return max((a.double() - b).abs().max().item() / b.abs().max().item() for a, b in zip(got, exact, strict=True))
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("model", [*((name, "sdpa") for name in NAMES), ("llama", "eager")], ids="-".join)
+@pytest.mark.parametrize(("model", "dtype"), each_once(MODELS))
 def test_autocast(model, dtype):
     name, attention = model
     model, call = build(name, attention), inputs(name)
@@ -53,8 +62,7 @@ def doubled(call):
     return {k: v.double() for k, v in call.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "dtype"), each_once(NAMES))
 def test_a_dtype_of_its_own(name, dtype, monkeypatch):
     model, call = build(name), inputs(name)
     weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}

@@ -105,4 +105,8 @@ def test_more_recompilations_than_dynamo_allows_are_reported():
             model.step = step
             torch.testing.assert_close(model(x), nn.functional.layer_norm(x, (8,)) + step)
     assert len(report.graphs) == 2
-    assert report.fallbacks == {"Dynamo ran the untouched model (recompile_limit is 2)": 2}
+    (reason,) = report.fallbacks
+    assert report.fallbacks[reason] == 2
+    said, line = reason.splitlines()
+    assert re.fullmatch(r"Dynamo ran the untouched model \(recompile_limit is 2\): no longer .*step == 1", said)
+    assert re.search(r"test_report.py:\d+, return nn.functional.layer_norm", line)

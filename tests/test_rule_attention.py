@@ -159,6 +159,10 @@ NO_ATTENTION = {
     "masked before the cap": (
         lambda q, k, v: weights(torch.tanh((q @ k.mT) + BIAS) * 5, v), "before they are capped"),
     "five dimensions": (five, "no product of queries and keys"),
+    "heads in two groups": (
+        lambda q, k, v: (q @ k.mT).view(2, 2, 2, 5, 6).softmax(-1).view(2, 4, 5, 6) @ v, "its scores have 5"),
+    "values of fewer dimensions": (
+        lambda q, k, v: (q @ k.mT).softmax(-1).view(8, 5, 6) @ v.flatten(0, 1).sin(), "v has 3 dimensions and q 4"),
     "double": (lambda q, k, v: weights(q.double() @ k.double().mT, v.double()), "q is float64"),
     "large heads": (lambda q, k, v: weights(q.repeat(1, 1, 1, 33) @ k.repeat(1, 1, 1, 33).mT, v.repeat(1, 1, 1, 33)),
                     "the head dimension is 264, supported are up to 256"),

@@ -248,6 +248,7 @@ NO_LINEAR = {
     "a matrix for a bias": (lambda x: torch.addmm(X[0, :, :1], x[0], A.t()), None),
     "a product of two results": (lambda x: x.sin() @ x.cos().mT, None),
     "a vector of weights": (lambda x: x @ A[0], None),
+    "a vector for a weight": (lambda x: F.linear(x, A[0]), "its weight is no matrix"),
     "a computed weight": (lambda x: x @ (A * 2).t(), None),
 }
 

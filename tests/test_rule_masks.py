@@ -218,6 +218,7 @@ FORMS = {  # of sdpa's own mask: how, and which inputs of the op it becomes
     "float": (lambda q: BIAS, ["bias"]),
     "float, finite": (lambda q: torch.where(SEEN_BY_KEY, 0.0, LOWEST), ["key_mask"]),
     "float, by number": (lambda q: torch.full((5, 6), -INF).triu(2), []),
+    "float, from before the query": (lambda q: torch.full((5, 6), -INF).triu(1), ["bias"]),
     "float, another triangle": (lambda q: torch.full((5, 6), -3.0).triu(2), ["bias"]),
     "float, a triangle of something": (lambda q: BIAS[0].triu(2), ["bias"]),
     "keys": (lambda q: SEEN_BY_KEY, ["key_mask"]),

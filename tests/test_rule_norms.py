@@ -46,7 +46,23 @@ NO_RMS = {
     "double": (lambda x, w: (x.double() * rms(x.double())).float(), "x is float64"),
     "wide": (lambda x, w: x.bfloat16().float() * rms(x.bfloat16().float()), "result is float32 and x is bfloat16"),
     "two dimensions": (lambda x, w: F.rms_norm(x, (5, 8)), "it normalizes the last 2 dimensions"),
+    "a weight of another dtype": (lambda x, w: (x * rms(x) * DOUBLE).float(), "weight is float64, supported are"),
+    "never cast back": (
+        lambda x, w: x.bfloat16().float() * rms(x.bfloat16().float()) * w, "its result is float32 and x is bfloat16"),
 }  # fmt: skip
+DOUBLE = W.double()
+WITHOUT_WEIGHT = {  # what follows is no weight
+    "a number": lambda x, w: x * rms(x) * 2,
+    "another tensor": lambda x, w: x * rms(x) * x,
+    "two and a weight": lambda x, w: x * rms(x) * (2.0 + w),
+    "used before": lambda x, w: (lambda y: y * w + y)(x * rms(x)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_WEIGHT)
+def test_rms_norms_whose_weight_is_another(name):
+    found = assert_found(WITHOUT_WEIGHT[name], rand(3, 5, 8), W, op="rms_norm")
+    assert "weight" not in found[2]
 
 
 @pytest.mark.parametrize("name", NO_RMS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import logging
 import threading
 from collections.abc import Callable
 from types import FunctionType
@@ -16,16 +17,22 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from trimaran.torch_path.graph import last_line
+
 # Numbers that a module holds (eps, a scale) are constants for rules, and hooks that are added later are seen.
 _TRACING = {"specialize_float": True, "skip_nnmodule_hook_guards": False, "use_recursive_dict_tags_for_guards": True}
-_ours: contextvars.ContextVar[bool] = contextvars.ContextVar("ours", default=False)
+# In a call of ours: who is told why Dynamo recompiles no more.
+_ours: contextvars.ContextVar[Callable[[str], None] | None] = contextvars.ContextVar("ours", default=None)
 _before: dict[str, Any] = {}
 _REFUSED = "using FX to symbolically trace a dynamo-optimized function"
 
 
-def compiled(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], backend: Callable[..., Any], beyond_limit: Callable[[str], None]
+) -> Callable[..., Any]:
     """`function` through Dynamo. It gets code of its own, since Dynamo counts recompilations by code, and all models
-    share `nn.Module._call_impl`."""
+    share `nn.Module._call_impl`. beyond_limit: is told the guard that failed, and its source line, once there were too
+    many of them."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
@@ -34,7 +41,7 @@ def compiled(function: Callable[..., Any], backend: Callable[..., Any]) -> Calla
     through: Any = torch.compile(own, backend=backend)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        token = _ours.set(True)
+        token = _ours.set(beyond_limit)
         if _configure not in callback_handler.start_callbacks:  # not yet, or no longer: torch._dynamo.reset() forgets
             callback_handler.register_start_callback(_configure)
             callback_handler.register_end_callback(_put_back)
@@ -105,7 +112,7 @@ _tracing, _written_out = _Tracing(), _WrittenOut()
 
 
 def _configure(_: Any) -> None:
-    if _ours.get() and not _before:
+    if _ours.get() is not None and not _before:
         _before.update({name: getattr(torch._dynamo.config, name) for name in _TRACING})
         for name, setting in _TRACING.items():
             setattr(torch._dynamo.config, name, setting)
@@ -114,6 +121,21 @@ def _configure(_: Any) -> None:
 def _put_back(_: Any) -> None:
     while _before:
         setattr(torch._dynamo.config, *_before.popitem())
+
+
+class _Limit(logging.Filter):
+    """Hears why Dynamo recompiles no more; it says so nowhere but in its log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        told, said = _ours.get(), record.args
+        if told is not None and str(record.msg).startswith("torch._dynamo hit config.") and isinstance(said, tuple):
+            reason = str(said[3])
+            guard = reason.partition("#")[0].partition(": ")[2].strip()
+            told(f"{guard}\n      {last_line(reason)}")
+        return True
+
+
+logging.getLogger("torch._dynamo.convert_frame").addFilter(_Limit())
 
 
 def retrace(module: GraphModule) -> GraphModule:

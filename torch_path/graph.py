@@ -224,11 +224,16 @@ def _constant(node: Any) -> Any:
 
 def source_line(node: Node) -> str:
     """Where in the user's Python the node came from: `file:line, code`, or the module path, or nothing."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
-    places = [i for i, line in enumerate(lines) if line.startswith("File ")]
-    if places:
-        code = lines[places[-1] + 1] if places[-1] + 1 < len(lines) else ""
-        file, line, *_ = lines[places[-1]].removeprefix("File ").split(",")
-        return f"{file.strip(chr(34))}:{line.strip().removeprefix('line ')}, {code}"
     modules = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(modules[-1][0]) if modules else ""
+    return last_line(node.meta.get("stack_trace") or "") or (str(modules[-1][0]) if modules else "")
+
+
+def last_line(trace: str) -> str:
+    """`file:line, code` of the innermost call in a text like a traceback; empty where there is none."""
+    lines = [line.strip() for line in trace.strip().splitlines()]
+    places = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    if not places:
+        return ""
+    code = lines[places[-1] + 1] if places[-1] + 1 < len(lines) else ""
+    file, line, *_ = lines[places[-1]].removeprefix("File ").split(",")
+    return f"{file.strip(chr(34))}:{line.strip().removeprefix('line ')}, {code}"

@@ -178,7 +178,13 @@ class OptimizedCall:
             assert call is not None
             return call.backend(*args, **kwargs)
 
-        self.compiled = compiled(model._call_impl, backend)
+        def beyond_limit(guard: str) -> None:
+            call = me()
+            assert call is not None
+            call.guard = f": no longer {guard}"
+
+        self.guard = ""  # the last one that failed, once Dynamo has recompiled too often
+        self.compiled = compiled(model._call_impl, backend, beyond_limit)
 
     @skip  # Dynamo calls it, and looks no further
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -217,7 +223,7 @@ class OptimizedCall:
             self.graphs.settle(call)
             if not call.ran:
                 limit = torch._dynamo.config.recompile_limit
-                self.report.fallbacks[f"Dynamo ran the untouched model (recompile_limit is {limit})"] += 1
+                self.report.fallbacks[f"Dynamo ran the untouched model (recompile_limit is {limit}){self.guard}"] += 1
             if len(graph_break_reasons) > breaks:
                 self.report.add_graph_breaks(graph_break_reasons[breaks:])
 
