@@ -159,10 +159,25 @@ def save(model: ir.Model, folder: Path, name: str) -> Path:
             source = Path(value.const_value.path).resolve()
             if source == (folder.parent / f"{name}.data").resolve():
                 raise ValueError(f"{name}.data are the weights of the source, choose another name for what is written")
+    keep_constants(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = f"{name}.data" if size > EXTERNAL_ABOVE or _has_external(model) else None
     ir.save(model, folder / name, external_data=external)
     return folder / name
+
+
+def keep_constants(model: ir.Model) -> None:
+    """Take what attributes and bodies hold in other files into the model: only its own weights go beside it."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for body in graph.subgraphs():
+            for value in body.initializers.values():
+                if isinstance(value.const_value, ir.ExternalTensor):
+                    value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            for name, attr in list(node.attributes.items()):
+                if attr.type == ir.AttributeType.TENSOR and isinstance(attr.value, ir.ExternalTensor):
+                    tensor = attr.as_tensor()
+                    node.attributes[name] = ir.AttrTensor(name, ir.tensor(tensor.numpy().copy(), name=tensor.name))
 
 
 def publish(folder: Path, path: Path) -> None:
