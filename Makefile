@@ -4,7 +4,7 @@ EXTRA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda13 || echo cpu)
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench wheel clean
+.PHONY: demo test test-slow lint bench figures wheel clean
 
 demo: .venv/.done
 	$(BIN)/trimaran demo
@@ -20,9 +20,14 @@ lint: .venv/.done
 	$(BIN)/ruff format --check
 	$(BIN)/mypy -p trimaran
 
-# The demo, timed over more rounds; benchmarks/ says what comes.
+# A model by every engine, side by side: make bench MODEL=minilm ARGS="--budget 300 --cold"
+MODEL ?= bert-base
 bench: .venv/.done
-	$(BIN)/trimaran demo --rounds 20
+	$(BIN)/trimaran bench $(MODEL) $(ARGS)
+
+# The README's tables and the plots of benchmarks/results, from the JSON there.
+figures: .venv/.done
+	$(BIN)/python -m trimaran.benchmarks.figures
 
 wheel: .venv/.done
 	$(BIN)/python -m build

@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from trimaran.benchmarks import attention, linear, norms, rotary
 from trimaran.benchmarks.cases import Case, Inputs, Suite
-from trimaran.benchmarks.machine import MAX_DRIFT, ceilings, drift, environment, unsteady
+from trimaran.benchmarks.machine import COLD_S, MAX_DRIFT, WARM_S, ceilings, drift, environment, unsteady
 from trimaran.benchmarks.measure import Timing, compare, copies_for, percentile, watch_for
 from trimaran.torch_path.ops import on_decline
 
@@ -49,12 +49,13 @@ def bench(
     if device.type == "cpu" and not quick:
         raise ValueError("torch sees no CUDA device: a CPU runs only the tiny cases of --quick")
     kind = getattr(torch, dtype or ("float16" if device.type == "cuda" else "float32"))
-    found = []
+    found: list[dict[str, Any]] = []
     declines = on_decline.set(refuse)
     try:
         with Progress(console=console, transient=True) as progress, torch.no_grad():
             for name in names:
-                found.append(measure(SUITES[name](device, kind, quick), device, kind, quick, progress))
+                idle = COLD_S if not found else WARM_S
+                found.append(measure(SUITES[name](device, kind, quick), device, kind, quick, progress, idle))
                 done(found[-1])
     finally:
         on_decline.reset(declines)
@@ -66,10 +67,12 @@ def refuse(op: str, reason: str) -> None:
     raise RuntimeError(f"{op}: the plan declines: {reason}")
 
 
-def measure(suite: Suite, device: torch.device, dtype: torch.dtype, quick: bool, progress: Progress) -> dict[str, Any]:
+def measure(
+    suite: Suite, device: torch.device, dtype: torch.dtype, quick: bool, progress: Progress, warm_s: float
+) -> dict[str, Any]:
     """The result of one op, as it is written to JSON."""
     task = progress.add_task(f"{suite.op}: ceilings", total=len(suite.cases))
-    before = ceilings(device, dtype)
+    before = ceilings(device, dtype, warm_s)
     rounds = QUICK_ROUNDS if quick else ROUNDS
     measured = []
     for case in suite.cases:

@@ -18,28 +18,37 @@ import torch
 from trimaran.benchmarks.measure import percentile
 
 MAX_DRIFT = 3.0  # percent
+WARM_S, COLD_S = 2.0, 8.0  # of warming up: of a GPU in use, and of one that was idle, which 2 s have left 7 % too fast
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this machine reaches now: `copy`, TB/s read plus written; `matmul`, TFLOP/s in `dtype` on random data."""
+def ceilings(device: torch.device, dtype: torch.dtype, warm_s: float = WARM_S) -> dict[str, float]:
+    """What this machine reaches now: `copy`, TB/s read plus written; `matmul`, TFLOP/s in `dtype` on random data.
+    warm_s: for how long a GPU multiplies before; one that was idle takes longer than one that is in use."""
     cuda = device.type == "cuda"
     count, side = (2**30, 8192) if cuda else (2**24, 512)  # bytes of the copied tensor; rows of the square matrices
     source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    a, b = (noise((side, side), device, dtype) for _ in range(2))
     product = torch.empty_like(a)
 
     def matmul() -> Any:
         return torch.mm(a, b, out=product)
 
-    warm(matmul, device)  # an idle GPU has to raise its clocks first, and a cool one runs faster than it can keep up
+    warm(
+        matmul, device, warm_s
+    )  # an idle GPU has to raise its clocks first, and a cool one runs faster than it can keep up
     matmul_ms = median_ms(matmul, device)
     copy_ms = median_ms(lambda: target.copy_(source), device)
     return {"copy": 2 * count / copy_ms / 1e9, "matmul": 2 * side**3 / matmul_ms / 1e9}
 
 
-def warm(run: Callable[[], Any], device: torch.device) -> None:
-    end = time.perf_counter() + (2.0 if device.type == "cuda" else 0.02)
+def noise(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Random data by a generator of its own: torch's default one is no use any more once a capture has failed."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+
+
+def warm(run: Callable[[], Any], device: torch.device, seconds: float) -> None:
+    end = time.perf_counter() + (seconds if device.type == "cuda" else 0.02)
     while time.perf_counter() < end:
         run()
         if device.type == "cuda":
@@ -99,6 +108,17 @@ def environment(device: torch.device) -> dict[str, str]:
         "command": shlex.join(["trimaran", *map(without_folder, sys.argv[1:])]),
     }
     return found | {name: version(name) for name in ("torch", "triton", "trimaran")}
+
+
+def state() -> dict[str, float]:
+    """Clocks in MHz, power in W, temperature in C of the first GPU now; empty where nvidia-smi does not say."""
+    names = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_w": "power.draw", "celsius": "temperature.gpu"}
+    query = ["nvidia-smi", f"--query-gpu={','.join(names.values())}", "--format=csv,noheader,nounits"]
+    try:
+        shown = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+        return dict(zip(names, map(float, shown.splitlines()[0].split(",")), strict=True))
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return {}
 
 
 def driver() -> str:

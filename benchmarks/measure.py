@@ -12,7 +12,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -233,10 +233,20 @@ def compare(
     limit = allowed(peers, dtype)
     for index in list(runs):
         attempt(index, arm)
-    order, shuffler = list(armed), random.Random(seed)
-    for _ in range(rounds):
-        shuffler.shuffle(order)
-        for index in order:
-            timings[index].samples.append(armed[index].sample())
-            timings[index].wall.append(armed[index].wall())
+    for index in turns(list(armed), rounds, seed):
+        timings[index].samples.append(armed[index].sample())
+        timings[index].wall.append(armed[index].wall())
     return timings
+
+
+def turns(
+    order: list[Any], rounds: int, seed: int, enough: Callable[[int], bool] = lambda done: False
+) -> Iterator[Any]:
+    """Whose turn it is: everybody once in each round, in an order that is shuffled anew. `enough(rounds done)` ends it
+    before."""
+    order, shuffler = list(order), random.Random(seed)
+    for done in range(rounds):
+        if enough(done):
+            return
+        shuffler.shuffle(order)
+        yield from order

@@ -26,7 +26,7 @@ from trimaran.benchmarks import replay
 from trimaran.benchmarks.kernels import SEED, spread
 from trimaran.benchmarks.machine import ceilings, drift, environment, unsteady
 from trimaran.benchmarks.measure import Contender, HostWatch, Run, Timing, compare
-from trimaran.benchmarks.report import OURS, PEERS
+from trimaran.benchmarks.report import OURS, PEERS, digest
 from trimaran.kernels.interpreter import interpret
 from trimaran.ort_ops.abi import CPU, CUDA
 from trimaran.ort_ops.native import native
@@ -244,4 +244,4 @@ def figure(found: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("us per node (less is better); black: the target")
     axes.set_title(heading(found) + ("" if found["valid"] else "\nINVALID"), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    drawn.savefig(path)
+    drawn.savefig(path, metadata={"Source": digest(found)})

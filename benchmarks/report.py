@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -102,7 +103,17 @@ def figure(found: dict[str, Any], path: Path) -> None:
             at += 1
         at += 1
     finish(axes, found, ticks)
-    drawn.savefig(path)
+    drawn.savefig(path, metadata={"Source": digest(found)})
+
+
+def digest(found: dict[str, Any]) -> str:
+    """Of a result: what a picture is marked with, to be told from one of other figures."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def timed(case: dict[str, Any]) -> list[dict[str, Any]]:

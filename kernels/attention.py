@@ -24,8 +24,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from trimaran.kernels import attention_hopper
+from trimaran.kernels import attention_few, attention_hopper
 from trimaran.kernels.attention_body import attention_body
+from trimaran.kernels.attention_few import few_launch
 from trimaran.kernels.attention_hopper import hopper_launch
 from trimaran.kernels.configs import Row, lookup
 from trimaran.kernels.contract import (
@@ -47,7 +48,7 @@ from trimaran.kernels.heads import head_view, heads_of, named_strides
 from trimaran.kernels.sizes import cdiv, differ, known, power_of_2
 
 MAX_HEAD_DIM = 256
-LONG = 1024  # keys
+FEW, MEDIUM, LONG = 128, 384, 1024  # keys
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e38)  # a bias below it hides a key; times log2(e) it could become -inf, which means more
 
@@ -415,6 +416,9 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.strides[3] != 1 and head_dim > 1:
             raise Decline(f"the rows of {name} are not contiguous")
+    mean = attrs.masked_row == "mean"
+    if suits_few(q, k, v, inputs, attrs, device):
+        return [few_launch(q, k, v, out, lengths, mask, attrs.causal, mean, attrs.scale, device)]
     if suits_hopper(q, k, v, inputs, attrs, device):
         return [hopper_launch(q, k, v, out, lengths, attrs.causal, attrs.scale, device)]
     table = HOPPER if device.capability == 90 and q.dtype != "float32" else CONFIGS
@@ -470,7 +474,7 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
                 "FOLD": q.dtype != "float32" and attrs.scale > 0 and not attrs.softcap and bias is None,
                 "EXACT": q.dtype == "float32",
                 "PDL": dependent(device),
-                "MEAN": attrs.masked_row == "mean",
+                "MEAN": mean,
                 "HEAD_DIM": head_dim,
                 "BLOCK_D": power_of_2(head_dim, least=16),
                 "BLOCK_M": block_m,
@@ -481,29 +485,59 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     ]
 
 
-def suits_hopper(q: Tensor, k: Tensor, v: Tensor, inputs: Any, attrs: Any, device: Device) -> bool:
-    """Whether `attention_hopper` computes this, and keys are many enough for its longer start to pay (on an H200 both
-    kernels take the same time at about 1024)."""
+def suits_gluon(q: Tensor, inputs: Any, attrs: Any, device: Device) -> bool:
+    """Whether this is what both Gluon kernels compute."""
     return (
         device.capability == 90
         and q.dtype != "float32"
         and inputs.bias is None
-        and inputs.key_mask is None
-        and attrs.masked_row == "zero"
         and attrs.softcap == 0
         and attrs.scale > 0
         and attrs.window_left < 0
         and attrs.window_right < 0
+    )
+
+
+def suits_few(q: Tensor, k: Tensor, v: Tensor, inputs: Any, attrs: Any, device: Device) -> bool:
+    """Whether `attention_few` computes this: all keys in one block; for more than FEW of them it pays where a
+    multiprocessor has no second block."""
+    batch, heads, queries, head_dim = q.shape
+    keys = k.shape[2]
+    return (
+        suits_gluon(q, inputs, attrs, device)
+        and not (attrs.causal and attrs.masked_row == "mean")
+        and bool(head_dim <= attention_few.MAX_HEAD_DIM)
+        and bool(keys > 0)
+        and bool(keys <= attention_few.MAX_KEYS)
+        and (bool(keys <= FEW) or bool(cdiv(queries, attention_few.ROWS) * heads * batch <= device.sm_count))
+        and all(map(vectors_fit, (q, k, v)))
+    )
+
+
+def suits_hopper(q: Tensor, k: Tensor, v: Tensor, inputs: Any, attrs: Any, device: Device) -> bool:
+    """Whether `attention_hopper` computes this, and keys are many enough for its longer start to pay."""
+    return (
+        suits_gluon(q, inputs, attrs, device)
+        and inputs.key_mask is None
+        and attrs.masked_row == "zero"
         and bool(q.shape[3] <= attention_hopper.MAX_HEAD_DIM)
-        and bool(k.shape[2] > LONG)
+        and bool(k.shape[2] > (LONG if attrs.causal else MEDIUM))
         and all(map(descriptor_fits, (q, k, v)))
     )
 
 
+def vectors_fit(tensor: Tensor) -> bool:
+    """Whether copies of 16 bytes can read these rows: everything starts on what a kernel knows of as a multiple."""
+    steps = [0 if size == 1 else stride for size, stride in zip(tensor.shape[:3], tensor.strides[:3], strict=True)]
+    return tensor.aligned and all(number % 16 == 0 for number in (tensor.offset, tensor.shape[3], *steps))
+
+
 def descriptor_fits(tensor: Tensor) -> bool:
     """Whether the hardware's tensor descriptors can read these rows: everything starts on a multiple of 16 bytes."""
-    numbers = (tensor.offset, *tensor.strides[:3], tensor.shape[3])
-    return tensor.aligned and all(number * ITEMSIZE[tensor.dtype] % ALIGNMENT == 0 for number in numbers)
+    steps = [stride for size, stride in zip(tensor.shape[:3], tensor.strides[:3], strict=True) if size != 1]
+    numbers = (tensor.offset, tensor.shape[3], *steps)
+    whole = all(number * ITEMSIZE[tensor.dtype] % ALIGNMENT == 0 for number in numbers)
+    return tensor.aligned and whole and all(stride > 0 for stride in steps)
 
 
 def bias_fits(bias: Tensor, queries: Any) -> bool:
@@ -539,6 +573,8 @@ def attention_reference(q: Any, k: Any, v: Any, bias: Any, key_lengths: Any, key
         visible = visible & (position <= stands + right)
     if left >= 0:
         visible = visible & (position >= stands - left)
+    if q.dtype.itemsize < 4:  # products of 16 bits need not fit into them
+        q, k = q.float(), k.float()
     scores = q @ k.transpose(-1, -2) * attrs["scale"]
     if attrs["softcap"] > 0:
         scores = torch.tanh(scores / attrs["softcap"]) * attrs["softcap"]
@@ -546,7 +582,7 @@ def attention_reference(q: Any, k: Any, v: Any, bias: Any, key_lengths: Any, key
         scores = scores + bias
     scores = scores.masked_fill(~visible, float("-inf"))
     masked = (scores == float("-inf")).all(-1, keepdim=True)
-    out = torch.softmax(scores.masked_fill(masked, 0.0), dim=-1) @ weights_of
+    out = torch.softmax(scores.masked_fill(masked, 0.0), dim=-1).to(v.dtype) @ weights_of
     empty = v.mean(2, keepdim=True) if attrs["masked_row"] == "mean" and keys else torch.zeros_like(out)
     out = torch.where(masked, empty, out)
     return ((out.transpose(1, 2).flatten(2) if heads else out).contiguous(),)

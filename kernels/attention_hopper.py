@@ -7,13 +7,12 @@ for the tensor cores before it starts a block's softmax; here the two run side b
 - A consumer issues the product q k^T of the next block together with p v of the last one, and takes the softmax of the
   next block while p v is still running. It also runs beside the products of the others, which take turns to issue.
 - Programs are persistent: a tile's first blocks are fetched while the consumers finish the tile before.
-The descriptor of a head's keys ends at `key_lengths`, and what is beyond reads as zero: NaN in padding never arrives.
+Values beyond `key_lengths` may be NaN: in the one block that has some, consumers overwrite them with zeros, all of them
+with the same.
 Source: Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", 2024.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,7 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trimaran.kernels.configs import Row, lookup
-from trimaran.kernels.contract import Device, Divisible, Launch, Tensor
+from trimaran.kernels.contract import Descriptor, Device, Launch, Tensor
+from trimaran.kernels.dependent import await_inputs, dependent
+from trimaran.kernels.heads import named_strides
 from trimaran.kernels.sizes import cdiv, minimum, power_of_2
 
 fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name to Triton 3.8
@@ -69,65 +70,39 @@ def tile_of(
     end = length
     if CAUSAL:
         end = gl.maximum(gl.minimum(end, first + BLOCK_M + keys - queries), 0)
-    return inside, batch.to(gl.int64), head.to(gl.int64), first, length, end
+    return inside, batch, head, first, length, end
 
 
 @gluon.jit
-def fetch_queries(
-    given, CAUSAL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-):  # fmt: skip
-    q_ptr, stride_qb, stride_qh, stride_qm, slots, full, empty, walk = given
-    queries, tiles = walk[3], walk[5]
-    BLOCK_D: gl.constexpr = slots.shape[2]
+def fetch_queries(given, CAUSAL: gl.constexpr, CONSUMERS: gl.constexpr):
+    rows, slots, full, empty, walk = given
+    tiles = walk[5]
     fetched = 0
     for turn in range((tiles + gl.num_programs(0) - 1) // gl.num_programs(0)):
         inside, batch, head, first, _length, end = tile_of(turn, *walk, CAUSAL, ROWS * CONSUMERS)
         if inside & (end > 0):
-            mbarrier.wait(full, fetched & 1 ^ 1)  # the descriptor is rewritten in place
-            rows = tma.make_tensor_descriptor(
-                q_ptr + batch * stride_qb + head * stride_qh,
-                [queries, HEAD_DIM],
-                [stride_qm, 1],
-                [ROWS, BLOCK_D],
-                slots.layout,
-            )
             mbarrier.wait(empty, fetched & 1 ^ 1)
             mbarrier.expect(full, rows.block_type.nbytes * CONSUMERS)
             for consumer in gl.static_range(CONSUMERS):
-                fetch(rows, [first + consumer * ROWS, 0], full, slots.index(consumer))
+                fetch(rows, [batch, head, first + consumer * ROWS, 0], full, slots.index(consumer))
             fetched += 1
 
 
 @gluon.jit
-def fetch_keys(
-    given, CAUSAL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-):  # fmt: skip
+def fetch_keys(given, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     """The blocks of k, or of v, that the consumers want, last ones first."""
-    ptr, stride_b, stride_h, stride_n, group, ring, full, empty, walk = given
+    rows, group, ring, full, empty, walk = given
     tiles = walk[5]
-    BLOCK_D: gl.constexpr = ring.shape[2]
     fetched = 0
     for turn in range((tiles + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        inside, batch, head, _first, length, end = tile_of(turn, *walk, CAUSAL, ROWS * CONSUMERS)
+        inside, batch, head, _first, _length, end = tile_of(turn, *walk, CAUSAL, ROWS * CONSUMERS)
         if inside & (end > 0):
-            for back in gl.static_range(STAGES):  # the descriptor is rewritten in place: its blocks have to be here
-                last = fetched - 1 - back
-                mbarrier.wait(full.index(last % STAGES), last // STAGES & 1, pred=last >= 0)
-            rows = tma.make_tensor_descriptor(
-                ptr + batch * stride_b + head // group * stride_h,
-                [length, HEAD_DIM],
-                [stride_n, 1],
-                [BLOCK_N, BLOCK_D],
-                ring.layout,
-            )
             count = (end + BLOCK_N - 1) // BLOCK_N
             for step in range(count):
                 slot = fetched % STAGES
                 mbarrier.wait(empty.index(slot), fetched // STAGES & 1 ^ 1)
                 mbarrier.expect(full.index(slot), rows.block_type.nbytes)
-                fetch(rows, [(count - 1 - step) * BLOCK_N, 0], full.index(slot), ring.index(slot))
+                fetch(rows, [batch, head // group, (count - 1 - step) * BLOCK_N, 0], full.index(slot), ring.index(slot))
                 fetched += 1
 
 
@@ -141,7 +116,7 @@ def consume(
     k_ring, v_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
     queries, keys, tiles = walk[3], walk[4], walk[5]
-    BLOCK_D: gl.constexpr = k_ring.shape[2]
+    BLOCK_D: gl.constexpr = k_ring.shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
@@ -159,7 +134,7 @@ def consume(
             first += CONSUMER * ROWS
             if end > 0:
                 m = first + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-                q = q_slots.index(CONSUMER)
+                q = matrix(q_slots.index(CONSUMER))
                 count = (end + BLOCK_N - 1) // BLOCK_N
                 full = length  # one past the last key that each of these queries sees
                 if CAUSAL:
@@ -171,6 +146,10 @@ def consume(
                 give_turn(turns, TURNS, CONSUMER, CONSUMERS)
                 scores = warpgroup_mma_wait(0, deps=(scores,))
                 mbarrier.arrive(k_empty.index(seen % STAGES))
+                if walk[0] is not None:
+                    if at + BLOCK_N > length:
+                        mbarrier.wait(v_full.index(seen % STAGES), seen // STAGES & 1)
+                        clean(matrix(v_ring.index(seen % STAGES)), length - at)
                 weights, total, top, _ = soften(scores, total, top, at, length, m, shift, scale, True, CAUSAL)
                 p = pack(weights, dtype)
                 for step in range(1, edges):
@@ -188,13 +167,14 @@ def consume(
                 served += 1
                 slot = (seen - 1) % STAGES
                 mbarrier.wait(v_full.index(slot), (seen - 1) // STAGES & 1)
-                acc = warpgroup_mma(unpack(p, dtype, OUT), v_ring.index(slot), acc)
+                acc = warpgroup_mma(unpack(p, dtype, OUT), matrix(v_ring.index(slot)), acc)
                 mbarrier.arrive(v_empty.index(slot))
             total = gl.where(total == 0.0, 1.0, total)
             out = (acc / rows_of(total, OUT)).to(dtype)
             row = first + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
             d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, STORE))
-            out_at = out_ptr + batch * stride_ob + head * stride_oh + row.to(gl.int64)[:, None] * stride_om + d[None, :]
+            out_at = out_ptr + batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
+            out_at = out_at + row.to(gl.int64)[:, None] * stride_om + d[None, :]
             gl.store(out_at, gl.convert_layout(out, STORE), mask=(row < queries)[:, None] & (d < HEAD_DIM)[None, :])
 
 
@@ -209,13 +189,13 @@ def advance(
     """
     k_ring, v_ring = rings
     _, _, k_full, k_empty, v_full, v_empty, turns = barriers
-    BLOCK_N: gl.constexpr = k_ring.shape[1]
+    BLOCK_N: gl.constexpr = k_ring.shape[3]
     OUT: gl.constexpr = acc.type.layout
     before = (number - 1) % STAGES
     p = unpack(p, k_ring.dtype, OUT)
     scores = score(q, k_ring, k_full, number, turns, BLOCK_N, STAGES, TURNS, CONSUMER)
     mbarrier.wait(v_full.index(before), (number - 1) // STAGES & 1)
-    acc = warpgroup_mma(p, v_ring.index(before), acc, is_async=True)
+    acc = warpgroup_mma(p, matrix(v_ring.index(before)), acc, is_async=True)
     give_turn(turns, TURNS, CONSUMER, CONSUMERS)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_empty.index(number % STAGES))
@@ -236,7 +216,24 @@ def score(
         mbarrier.wait(turns.index(CONSUMER), number & 1 ^ (CONSUMER == 0))
     mbarrier.wait(k_full.index(number % STAGES), number // STAGES & 1)
     nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
-    return warpgroup_mma(q, k_ring.index(number % STAGES).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    k = matrix(k_ring.index(number % STAGES))
+    return warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def matrix(block):
+    """A block [1, 1, rows, columns] of a ring as [rows, columns]."""
+    return block.reshape([block.shape[2], block.shape[3]])
+
+
+@gluon.jit
+def clean(block, rows):
+    """Zeros from row `rows` on."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // block.shape[1], block.shape[1] // 8], [4, 1], [1, 0])
+    row = gl.arange(0, block.shape[0], gl.SliceLayout(1, LAYOUT))
+    values = block.load(LAYOUT)
+    block.store(gl.where((row < rows)[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
 
 
 @gluon.jit
@@ -293,20 +290,11 @@ def unpack(pairs, dtype: gl.constexpr, OUT: gl.constexpr):
 
 @gluon.jit
 def attention_hopper_kernel(
-    q_ptr,  # [B, H, queries, HEAD_DIM]; rows and all else of q, k and v start on multiples of 16 bytes
-    k_ptr,  # [B, H // group, keys, HEAD_DIM]
-    v_ptr,  # [B, H // group, keys, HEAD_DIM]
+    q_desc,  # [B, H, queries, HEAD_DIM], in blocks of ROWS
+    k_desc,  # [B, H // group, keys, HEAD_DIM], in blocks of BLOCK_N
+    v_desc,  # [B, H // group, keys, HEAD_DIM], in blocks of BLOCK_N
     key_lengths_ptr,  # [B] int32 or None
     out_ptr,  # [B, H, queries, HEAD_DIM]
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
     stride_lengths,
     stride_ob,
     stride_oh,
@@ -318,6 +306,7 @@ def attention_hopper_kernel(
     scale,  # positive
     tiles,  # cdiv(queries, ROWS * CONSUMERS) * heads * B
     CAUSAL: gl.constexpr,
+    PDL: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr,  # power of two, at least HEAD_DIM and 64
     BLOCK_N: gl.constexpr,
@@ -326,13 +315,10 @@ def attention_hopper_kernel(
     TURNS: gl.constexpr,  # consumers take turns to issue their products
 ):
     # Persistent: grid = (min(tiles, multiprocessors),), a program takes one tile after the other.
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
-    KV: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_slots = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], Q)
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], KV)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], KV)
+    q_slots = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
+    k_ring = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
+    v_ring = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -350,22 +336,24 @@ def attention_hopper_kernel(
     for consumer in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(consumer), count=1)
     fence_async_shared()
+    if PDL:
+        await_inputs()
 
     # What is known at compile time stays outside these tuples: an assignment would make a tensor of it.
     walk = (key_lengths_ptr, stride_lengths, heads, queries, keys, tiles)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
-    query = (q_ptr, stride_qb, stride_qh, stride_qm, q_slots, q_full, q_empty, walk)
-    key = (k_ptr, stride_kb, stride_kh, stride_kn, group, k_ring, k_full, k_empty, walk)
-    value = (v_ptr, stride_vb, stride_vh, stride_vn, group, v_ring, v_full, v_empty, walk)
+    query = (q_desc, q_slots, q_full, q_empty, walk)
+    key = (k_desc, group, k_ring, k_full, k_empty, walk)
+    value = (v_desc, group, v_ring, v_full, v_empty, walk)
     out = (out_ptr, stride_ob, stride_oh, stride_om, scale, q_slots, (k_ring, v_ring), barriers, walk)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (consume, (out, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, CONSUMERS, TURNS, 0)),
                 (consume, (out, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, CONSUMERS, TURNS, 1)),
-                (fetch_queries, (query, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, CONSUMERS)),
-                (fetch_keys, (key, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, CONSUMERS)),
-                (fetch_keys, (value, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, CONSUMERS)),
+                (fetch_queries, (query, CAUSAL, CONSUMERS)),
+                (fetch_keys, (key, CAUSAL, BLOCK_N, STAGES, CONSUMERS)),
+                (fetch_keys, (value, CAUSAL, BLOCK_N, STAGES, CONSUMERS)),
             ],
             [4, 1, 1, 1],  # warps of all but the first, which has the kernel's own four
             [240, 24, 24, 24],  # and their registers a thread
@@ -376,17 +364,24 @@ def attention_hopper_kernel(
                 (consume, (out, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, CONSUMERS, TURNS, 0)),
                 (consume, (out, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, CONSUMERS, TURNS, 1)),
                 (consume, (out, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, CONSUMERS, TURNS, 2)),
-                (fetch_queries, (query, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, CONSUMERS)),
-                (fetch_keys, (key, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, CONSUMERS)),
-                (fetch_keys, (value, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, CONSUMERS)),
+                (fetch_queries, (query, CAUSAL, CONSUMERS)),
+                (fetch_keys, (key, CAUSAL, BLOCK_N, STAGES, CONSUMERS)),
+                (fetch_keys, (value, CAUSAL, BLOCK_N, STAGES, CONSUMERS)),
             ],
             [4, 4, 1, 1, 1],
             [160, 160, 24, 24, 24],
         )
 
 
-# Measured on an H200 (Triton 3.6). causal is 0 or 1.
+# Measured on an H200 (Triton 3.6). causal and lengths (there are some) are 0 or 1.
 CONFIGS: list[Row] = [
+    (
+        {"causal": 0, "keys": 1024, "lengths": 0, "head_dim": 64},
+        {"BLOCK_N": 128, "STAGES": 4, "CONSUMERS": 2, "TURNS": 1},
+    ),
+    ({"causal": 0, "keys": 1024, "lengths": 0}, {"BLOCK_N": 128, "STAGES": 2, "CONSUMERS": 2, "TURNS": 1}),
+    ({"causal": 0, "keys": 768}, {"BLOCK_N": 64, "STAGES": 3, "CONSUMERS": 2, "TURNS": 1}),
+    ({"causal": 0, "keys": 1024, "head_dim": 64}, {"BLOCK_N": 128, "STAGES": 4, "CONSUMERS": 2, "TURNS": 1}),
     ({"head_dim": 64, "causal": 0}, {"BLOCK_N": 128, "STAGES": 2, "CONSUMERS": 3, "TURNS": 1}),
     ({"head_dim": 64}, {"BLOCK_N": 128, "STAGES": 4, "CONSUMERS": 2, "TURNS": 1}),
     ({"causal": 0}, {"BLOCK_N": 128, "STAGES": 2, "CONSUMERS": 2, "TURNS": 1}),
@@ -407,23 +402,20 @@ def hopper_launch(
     """The launch for q and out [B, H, Sq, D], k and v [B, Hkv, Sk, D], views whose rows tensor descriptors can read;
     key_lengths [B] int32."""
     batch, heads, queries, head_dim = q.shape
-    config = lookup(CONFIGS, head_dim=head_dim, causal=int(causal))
+    facts = {"causal": int(causal), "lengths": int(key_lengths is not None)}
+    config = lookup(CONFIGS, head_dim=head_dim, keys=k.shape[2], **facts)
     tiles = cdiv(queries, 64 * config["CONSUMERS"]) * heads * batch
-    strides: dict[str, Any] = {
-        f"stride_{name}{axis}": 0 if size == 1 else Divisible(stride)
-        for name, tensor, axes in (("q", q, "bhm"), ("k", k, "bhn"), ("v", v, "bhn"), ("o", out, "bhm"))
-        for axis, size, stride in zip(axes, tensor.shape, tensor.strides, strict=False)
-    }
+    block_d = power_of_2(head_dim, least=64)
     return Launch(
         attention_hopper_kernel,
         grid=(minimum(tiles, device.sm_count),),
         args={
-            "q_ptr": q,
-            "k_ptr": k,
-            "v_ptr": v,
+            "q_desc": blocks(q, 64, block_d),
+            "k_desc": blocks(k, config["BLOCK_N"], block_d),
+            "v_desc": blocks(v, config["BLOCK_N"], block_d),
             "key_lengths_ptr": key_lengths,
             "out_ptr": out,
-            **strides,
+            **named_strides("o", out, "bhm"),
             "stride_lengths": key_lengths.strides[0] if key_lengths is not None else 0,
             "heads": heads,
             "group": heads // k.shape[1],
@@ -435,8 +427,15 @@ def hopper_launch(
         constexprs={
             "CAUSAL": causal,
             "HEAD_DIM": int(head_dim),
-            "BLOCK_D": power_of_2(head_dim, least=64),
+            "BLOCK_D": block_d,
+            "PDL": dependent(device),
             **config,
         },
-        options={"num_warps": 4, "num_stages": 1},
+        options={"num_warps": 4, "num_stages": 1, "launch_pdl": dependent(device)},
     )
+
+
+def blocks(tensor: Tensor, rows: int, columns: int) -> Descriptor:
+    """[B, H, S, D] in blocks of so many rows of a head. Along an axis of one element no step is ever taken."""
+    strides = tuple(16 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+    return Descriptor(tensor, tensor.shape, (*strides[:3], 1), (1, 1, rows, columns))

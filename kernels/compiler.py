@@ -22,11 +22,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.language import str_to_ty
 
 from trimaran.kernels.folders import cache_folder, own_folder, write_whole
-from trimaran.kernels.plans import PlannedLaunch
+from trimaran.kernels.plans import Param, PlannedLaunch
 
-FORMAT = 1  # of a kept file: a line of JSON (Binary without its cubin, and the cubin's digest), then the cubin
+FORMAT = 2  # of a kept file: a line of JSON (Binary without its cubin, and the cubin's digest), then the cubin
 MAX_THREADS = 16
 _LOCK = threading.Lock()
 _BINARIES: dict[Any, Future[Binary]] = {}
@@ -36,7 +38,8 @@ _BINARIES: dict[Any, Future[Binary]] = {}
 class Binary:
     """A compiled kernel. shared: bytes of dynamic shared memory; global_scratch: bytes per program that the compiler
     wants for itself (tensor descriptors made on the device); the kernel's parameters are the launch's, then two
-    pointers: that global scratch, and one for profiling (null)."""
+    pointers: that global scratch, and one for profiling (null). boxes: for each descriptor among the parameters, its
+    CUtensorMapSwizzle and what one copy fetches: a block, or a part of it where rows are long."""
 
     name: str
     cubin: bytes
@@ -46,6 +49,7 @@ class Binary:
     global_scratch: int
     launch_pdl: bool
     launch_cooperative_grid: bool
+    boxes: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 def compile_launch(launch: PlannedLaunch, capability: int) -> Binary:
@@ -112,7 +116,10 @@ def _read(path: Path) -> Binary | None:
     try:
         head, cubin = path.read_bytes().split(b"\n", 1)
         facts = json.loads(head)
-        return Binary(cubin=cubin, **facts) if facts.pop("digest") == hashlib.sha256(cubin).hexdigest() else None
+        if facts.pop("digest") != hashlib.sha256(cubin).hexdigest():
+            return None
+        facts["boxes"] = tuple((swizzle, tuple(box)) for swizzle, box in facts["boxes"])
+        return Binary(cubin=cubin, **facts)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -129,8 +136,9 @@ def _write(path: Path, binary: Binary) -> None:
 
 def _compile(launch: PlannedLaunch, capability: int) -> Binary:
     names = launch.kernel.arg_names
-    types = {param.name: param.type for param in launch.params}
-    language = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    gluon = launch.kernel.is_gluon()
+    types = {param.name: _gluon_type(param) if gluon else param.type for param in launch.params}
+    language = GluonASTSource if gluon else ASTSource
     source = language(
         launch.kernel,
         {name: types.get(name, "constexpr") for name in names},
@@ -150,4 +158,15 @@ def _compile(launch: PlannedLaunch, capability: int) -> Binary:
         global_scratch=facts.global_scratch_size,
         launch_pdl=facts.launch_pdl,
         launch_cooperative_grid=facts.launch_cooperative_grid,
+        boxes=tuple((meta["swizzle"], tuple(meta["block_size"])) for meta in facts.tensordesc_meta or ()),
     )
+
+
+def _gluon_type(param: Param) -> str:
+    """A parameter's type in Gluon, where a descriptor also says how blocks lie in shared memory: as is usual there."""
+    if not param.rank:
+        return param.type
+    element, block = param.type.removeprefix("tensordesc<").removesuffix("]>").split("[")
+    sizes = [int(size) for size in block.split(",")]
+    layout = NVMMASharedLayout.get_default_for(sizes, str_to_ty(element, None))
+    return f"tensordesc<{element}[{block}],{layout!r}>"

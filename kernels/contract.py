@@ -115,13 +115,28 @@ class Divisible:
 
 
 @dataclass(frozen=True)
+class Descriptor:
+    """A tensor descriptor as a kernel argument: what Hopper's copy engine has to know to fetch a block by its
+    coordinates. The launcher makes it, so a kernel has it at once.
+
+    tensor: the first element; it and each row start on ALIGNMENT bytes. shape, strides (in elements, the last is 1):
+    the view that blocks are taken from, which has elements; beyond it they are zero. block: the sizes of a block.
+    """
+
+    tensor: Tensor
+    shape: tuple[Any, ...]
+    strides: tuple[Any, ...]
+    block: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel launch.
 
     kernel: a `@triton.jit` function. grid: up to three sizes; a launch with a zero in it is left out.
-    args: by parameter name, a Tensor or Scratch, an int or Size (i32, or i64 where it needs it), a `Divisible`,
-    a float (fp32), or None for an absent pointer. constexprs: by parameter name. options: Triton's own (num_warps,
-    num_stages, num_ctas, maxnreg, launch_pdl, launch_cooperative_grid, enable_fp_fusion).
+    args: by parameter name, a Tensor or Scratch, a `Descriptor`, an int or Size (i32, or i64 where it needs it), a
+    `Divisible`, a float (fp32), or None for an absent pointer or descriptor. constexprs: by parameter name. options:
+    Triton's own (num_warps, num_stages, num_ctas, maxnreg, launch_pdl, launch_cooperative_grid, enable_fp_fusion).
     Raises ValueError for an argument that the kernel has not, or one that it lacks.
     """
 

@@ -13,8 +13,19 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from trimaran.kernels.compiler import Binary, compile_launch
-from trimaran.kernels.contract import Device
-from trimaran.kernels.plans import PlannedLaunch
+from trimaran.kernels.cuda import (
+    Attribute,
+    Config,
+    CudaError,
+    Functions,
+    call,
+    device,
+    error,
+    library,
+    primary_context,
+    tensor_map,
+)
+from trimaran.kernels.plans import Param, PlannedLaunch
 from trimaran.kernels.programs import Loaded
 
 PARAMETER_TYPES = {
@@ -22,99 +33,10 @@ PARAMETER_TYPES = {
     "i64": ctypes.c_int64,
     "fp32": ctypes.c_float,
 }
-_DEVICE_ATTRIBUTES = {"sm_count": 16, "major": 75, "minor": 76, "shared_memory": 97}
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
-# Functions that are called at every replay of a graph: with types, ctypes takes plain numbers
-_P = ctypes.c_void_p
-_TYPES: dict[str, tuple[Any, ...]] = {
-    "cuCtxGetCurrent": (_P,),
-    "cuEventRecord": (_P, _P),
-    "cuStreamWaitEvent": (_P, _P, ctypes.c_uint),
-    "cuStreamSynchronize": (_P,),
-    "cuMemcpyAsync": (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, _P),
-}
 _COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6  # CUlaunchAttributeID
-
-
-class Attribute(ctypes.Structure):
-    """CUlaunchAttribute"""
-
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint32 * 16)]
-
-
-class Config(ctypes.Structure):
-    """CUlaunchConfig"""
-
-    _fields_ = [
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(Attribute)),
-        ("attribute_count", ctypes.c_uint),
-    ]
-
-
-class Functions(ctypes.Structure):
-    """Addresses for a launcher that is not written in Python: the driver's functions, or stand-ins of the same
-    signatures, and the context to be in (all null where there are no contexts)."""
-
-    _fields_ = [
-        ("launch", ctypes.c_void_p),  # cuLaunchKernelEx
-        ("zero", ctypes.c_void_p),  # cuMemsetD8Async
-        ("get_context", ctypes.c_void_p),
-        ("push_context", ctypes.c_void_p),
-        ("pop_context", ctypes.c_void_p),
-        ("context", ctypes.c_void_p),
-    ]
-
-
-class CudaError(RuntimeError):
-    """A call of the CUDA driver failed; the text says which and why."""
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise CudaError(f"no CUDA driver on this machine: {error}") from error
-    status = library.cuInit(0)
-    if status:
-        raise CudaError(f"cuInit failed with CUresult {status}: no usable CUDA device")
-    for name, types in _TYPES.items():
-        getattr(library, name).argtypes = types
-    return library
-
-
-def call(name: str, *arguments: Any) -> None:
-    """Call a driver function; CudaError where it fails."""
-    library = _library()
-    status = getattr(library, name)(*arguments)
-    if status:
-        raise error(name, status)
-
-
-def error(name: str, status: int) -> CudaError:
-    """What a driver function's CUresult means."""
-    text = ctypes.c_char_p()
-    _library().cuGetErrorString(status, ctypes.byref(text))
-    return CudaError(f"{name}: {(text.value or b'unknown error').decode()} (CUresult {status})")
-
-
-@functools.cache
-def device(index: int) -> Device:
-    """What plans may know of the CUDA device `index`."""
-    handle, value = ctypes.c_int(), ctypes.c_int()
-    call("cuDeviceGet", ctypes.byref(handle), index)
-    facts = {}
-    for name, attribute in _DEVICE_ATTRIBUTES.items():
-        call("cuDeviceGetAttribute", ctypes.byref(value), attribute, handle)
-        facts[name] = value.value
-    capability = 10 * facts["major"] + facts["minor"]
-    return Device("cuda", index, capability, facts["sm_count"], facts["shared_memory"])
 
 
 @functools.cache
@@ -130,7 +52,7 @@ class Driver:
         self._functions: weakref.WeakKeyDictionary[PlannedLaunch, _Function] = weakref.WeakKeyDictionary()
         self._loaded: dict[int, tuple[Binary, int]] = {}
         self._lock = threading.Lock()
-        self._context = _primary_context(index)
+        self._context = primary_context(index)
 
     def launch(
         self,
@@ -179,13 +101,15 @@ class Driver:
             binary.num_ctas,
             binary.global_scratch,
             launch_attributes(binary),
+            binary.boxes,
         )
 
     @functools.cached_property
     def functions(self) -> Functions:
-        names = ("LaunchKernelEx", "MemsetD8Async", "CtxGetCurrent", "CtxPushCurrent_v2", "CtxPopCurrent_v2")
-        library = _library()
-        addresses = [ctypes.cast(getattr(library, f"cu{name}"), ctypes.c_void_p).value for name in names]
+        names = ["LaunchKernelEx", "MemsetD8Async", "TensorMapEncodeTiled"]
+        names += ["CtxGetCurrent", "CtxPushCurrent_v2", "CtxPopCurrent_v2"]
+        found = library()
+        addresses = [ctypes.cast(getattr(found, f"cu{name}"), ctypes.c_void_p).value for name in names]
         return Functions(*addresses, self._context.value)
 
     @functools.cached_property
@@ -251,20 +175,26 @@ class Driver:
             if binary.shared > 48 * 1024:
                 call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_MEMORY, binary.shared)
             self._loaded[id(binary)] = (binary, function.value or 0)
-        types = [ctypes.c_uint64 if param.place else PARAMETER_TYPES[param.type] for param in launch.params]
-        return _Function(self._loaded[id(binary)][1], binary, [*types, ctypes.c_uint64, ctypes.c_uint64])
+        return _Function(self._loaded[id(binary)][1], binary, launch.params)
 
 
 class _Function:
     """One binary loaded on one device, with the C types of its parameters."""
 
-    def __init__(self, handle: int, binary: Binary, types: list[Any]) -> None:
-        self.handle, self.binary, self.types = handle, binary, types
+    def __init__(self, handle: int, binary: Binary, params: tuple[Param, ...]) -> None:
+        self.handle, self.binary = handle, binary
+        types = [ctypes.c_uint64 if param.place else PARAMETER_TYPES[param.type] for param in params]
+        self.types = [*types, ctypes.c_uint64, ctypes.c_uint64]
+        described = [(index, param) for index, param in enumerate(params) if param.rank]
+        self.descriptors = [(index, param, *box) for (index, param), box in zip(described, binary.boxes, strict=True)]
         attributes = [Attribute(id=number, value=words) for number, words in launch_attributes(binary)]
         self.attributes = (Attribute * len(attributes))(*attributes)
 
     def __call__(self, grid: tuple[int, int, int], arguments: list[Any], stream: int) -> None:
-        values = [convert(argument) for convert, argument in zip(self.types, arguments, strict=True)]
+        values: list[Any] = [convert(argument) for convert, argument in zip(self.types, arguments, strict=True)]
+        for index, param, swizzle, box in self.descriptors:
+            shape, strides = (tuple(arguments[index + 1 + k * param.rank :][: param.rank]) for k in (0, 1))
+            values[index] = tensor_map(param.dtype, arguments[index], shape, strides, box, swizzle)
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         config = Config(
             grid=(grid[0] * self.binary.num_ctas, grid[1], grid[2]),
@@ -275,14 +205,6 @@ class _Function:
             attribute_count=len(self.attributes),
         )
         call("cuLaunchKernelEx", ctypes.byref(config), ctypes.c_void_p(self.handle), pointers, None)
-
-
-def _primary_context(index: int) -> ctypes.c_void_p:
-    """The context that the CUDA runtime, and with it torch and ONNX Runtime, uses on the device."""
-    handle, context = ctypes.c_int(), ctypes.c_void_p()
-    call("cuDeviceGet", ctypes.byref(handle), index)
-    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
-    return context
 
 
 def launch_attributes(binary: Binary) -> tuple[tuple[int, tuple[int, ...]], ...]:

@@ -36,7 +36,7 @@ from trimaran.kernels.contract import (
 )
 from trimaran.kernels.dependent import await_inputs, dependent
 from trimaran.kernels.linear_few import gated_linear_few_kernel
-from trimaran.kernels.linear_many import gated_linear_many_kernel
+from trimaran.kernels.linear_many import gated_linear_many_kernel, weight_blocks, x_blocks
 from trimaran.kernels.matmul import (
     CONFIGS,
     check_device,
@@ -181,6 +181,7 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     }
     tiles = cdiv(rows, config["BLOCK_M"]) * cdiv(columns, config["BLOCK_N"])
     pdl = dependent(device)
+    early = pdl and gate.constant and up.constant
     constexprs = {
         "ACTIVATION": attrs.activation,
         "TRANSPOSE": attrs.transpose_weight,
@@ -190,14 +191,18 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     }
     options = {"num_warps": config.get("num_warps", 4), "num_stages": config.get("num_stages", 1), "launch_pdl": pdl}
     if "PINGPONG" in config:
-        ring = {"PINGPONG": bool(config["PINGPONG"]), "STAGES": config["STAGES"]}
+        ring = {"PINGPONG": bool(config["PINGPONG"]), "STAGES": config["STAGES"], "EARLY": early}
+        described: dict[str, Any] = {"x_desc": x_blocks(x, config)}
+        for name, weight in (("gate", gate), ("up", up)):
+            described[f"{name}_desc"] = weight_blocks(weight, config["BLOCK_N"], config, attrs.transpose_weight)
+        args = {name: args[name] for name in gated_linear_many_kernel.arg_names if name in args}
         programs = minimum(tiles, device.sm_count)
-        return [Launch(gated_linear_many_kernel, (programs,), args, constexprs | ring, options)]
+        return [Launch(gated_linear_many_kernel, (programs,), args | described, constexprs | ring, options)]
     if "STAGES" in config:
         ring = {
             "STAGES": config["STAGES"],
             "WHOLE": bool(depth <= config["STAGES"] * config["BLOCK_K"]),
-            "EARLY": pdl and gate.constant and up.constant,
+            "EARLY": early,
         }
         return [Launch(gated_linear_few_kernel, (tiles,), args, constexprs | ring, options)]
     constexprs["EVEN"] = bool(depth % config["BLOCK_K"] == 0)

@@ -50,8 +50,9 @@ def head_view(tensor: Tensor, head_dim: Any, first: int, count: int) -> Tensor:
 
 
 def named_strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, Any]:
-    """Kernel arguments `stride_<name><axis>` for the leading axes; 0 where the tensor is absent or broadcast."""
+    """Kernel arguments `stride_<name><axis>` for the leading axes; 0 where the tensor is absent or has but one of them
+    (which is said to be divisible as well: an address of unknown alignment costs wide loads)."""
     if tensor is None:
-        return {f"stride_{name}{axis}": 0 for axis in axes}
+        return {f"stride_{name}{axis}": Divisible(0) for axis in axes}
     sizes = zip(axes, tensor.shape, tensor.strides, strict=False)
-    return {f"stride_{name}{axis}": 0 if size == 1 else Divisible(stride) for axis, size, stride in sizes}
+    return {f"stride_{name}{axis}": Divisible(0 if size == 1 else stride) for axis, size, stride in sizes}

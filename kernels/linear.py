@@ -17,7 +17,8 @@ from typing import Any
 
 from trimaran.kernels.activations import ACTIVATIONS, activation_body, activation_reference
 from trimaran.kernels.contract import Attr, Device, Input, Launch, Op, Output, Tensor, expect_shape
-from trimaran.kernels.linear_plan import config_of, launches, weights_of
+from trimaran.kernels.linear_configs import config_of, weights_of
+from trimaran.kernels.linear_plan import launches
 from trimaran.kernels.matmul import left_to_vendor, weight_sizes
 
 
@@ -44,7 +45,8 @@ def infer(inputs: Any, attrs: Any) -> tuple[Tensor]:
 def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     width = outputs.out.shape[-1]
     found = launches(inputs, outputs.out, width, attrs, device)  # or Decline for what no kernel takes
-    left_to_vendor("linear", device, inputs.x.dtype, config_of(inputs, width, attrs.activation, device))
+    config = config_of(inputs, width, attrs.activation, attrs.transpose_weight, device)
+    left_to_vendor("linear", device, inputs.x.dtype, config)
     return found
 
 

@@ -7,10 +7,13 @@ a tile, with bias, activation, residual and its way to memory, while the other f
 
 A consumer sums two products side by side: BLOCK_N columns of a weight, and the REST_N columns after them (192 together
 spread some shapes over a GPU better than 256), or the same columns of gate and up. Programs are persistent: they take
-tile after tile of one weight, then of the next.
+tile after tile of one weight, then of the next. Where weights are constant (EARLY) the rings are filled with them while
+the last kernel still runs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,8 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trimaran.kernels.activations import activated
-from trimaran.kernels.dependent import await_inputs
-from trimaran.kernels.matmul import grouped
+from trimaran.kernels.contract import Descriptor, Tensor
+from trimaran.kernels.dependent import await_rest, begin
+from trimaran.kernels.matmul import grouped, matrix_rows
+from trimaran.kernels.sizes import product
 
 fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name to Triton 3.8
 
@@ -37,129 +42,113 @@ CONSUMERS = gl.constexpr(2)
 
 
 @gluon.jit
-def first_tile(before):
-    """This program's first tile of a weight, where the weights before have so many."""
-    programs = gl.num_programs(0)
-    return (gl.program_id(0) + programs - before % programs) % programs
+def turns_of_all(rows, columns, PARTS: gl.constexpr, BLOCK_M: gl.constexpr, TILE_N: gl.constexpr):
+    """How many tiles this program has, and how many stand side by side. columns: of each weight."""
+    tiles_n = 0
+    for part in gl.static_range(PARTS):
+        tiles_n += gl.cdiv(columns[part], TILE_N)
+    return gl.cdiv(gl.cdiv(rows, BLOCK_M) * tiles_n - gl.program_id(0), gl.num_programs(0)), tiles_n
+
+
+@gluon.jit
+def tile_of(
+    turn, tiles_n, rows, columns, PARTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, TILE_N: gl.constexpr
+):
+    """This program's tile number `turn`: its first row; its weight, and the column of it where the tile begins; and the
+    column of the output where the weight's own begin, and how many these are."""
+    tile = gl.program_id(0) + turn * gl.num_programs(0)
+    tile_m, tile_n = grouped(tile, gl.cdiv(rows, BLOCK_M), tiles_n, GROUP)
+    weight, start, own = 0, 0, columns[0]
+    for part in gl.static_range(1, PARTS):
+        tiles = gl.cdiv(own, TILE_N)
+        if (weight == part - 1) & (tile_n >= tiles):
+            weight = part
+            tile_n -= tiles
+            start += own
+            own = columns[part]
+    return tile_m * BLOCK_M, weight, tile_n * TILE_N, start, own
 
 
 @gluon.jit
 def fetch_x(
-    given, PARTS: gl.constexpr, GATED: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, REST_N: gl.constexpr,
+    given, PARTS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, TILE_N: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches x, for the tiles of all weights."""
-    x_ptr, stride_x, weights, _biases, _out, sizes, rings, barriers = given
+    """The warp that fetches x."""
+    x, _weights, columns, _biases, _out, sizes, rings, barriers = given
     rows, depth = sizes
     full, empty, _turns = barriers
     ring = rings[0]
     ROWS: gl.constexpr = ring.shape[1]
     BOXES: gl.constexpr = BLOCK_M // ROWS
-    TILE_N: gl.constexpr = BLOCK_N if GATED else BLOCK_N + REST_N
-    blocks = tma.make_tensor_descriptor(
-        x_ptr, [rows, depth], [stride_x, 1], [ring.shape[1], ring.shape[2]], ring.layout
-    )
-    tiles_m = gl.cdiv(rows, BLOCK_M)
-    before, fetched = 0, 0
-    for part in gl.static_range(PARTS):
-        tiles_n = gl.cdiv(weights[part][4], TILE_N)
-        for tile in range(first_tile(before), tiles_m * tiles_n, gl.num_programs(0)):
-            tile_m, _tile_n = grouped(tile, tiles_m, tiles_n, GROUP)
-            for k in range(0, depth, ring.shape[2]):
-                slot = fetched % STAGES
-                mbarrier.wait(empty.index(slot), fetched // STAGES & 1 ^ 1)
-                mbarrier.expect(full.index(slot), blocks.block_type.nbytes * BOXES)
-                for box in gl.static_range(BOXES):
-                    row = tile_m * BLOCK_M + box * ROWS
-                    fetch(blocks, [row, k], full.index(slot), ring.index(slot * BOXES + box))
-                fetched += 1
-        before += tiles_m * tiles_n
+    await_rest(PDL, EARLY)
+    turns, tiles_n = turns_of_all(rows, columns, PARTS, BLOCK_M, TILE_N)
+    fetched = 0
+    for turn in range(turns):
+        row, _weight, _column, _start, _own = tile_of(turn, tiles_n, rows, columns, PARTS, GROUP, BLOCK_M, TILE_N)
+        for k in range(0, depth, ring.shape[2]):
+            slot = fetched % STAGES
+            mbarrier.wait(empty.index(slot), fetched // STAGES & 1 ^ 1)
+            mbarrier.expect(full.index(slot), x.block_type.nbytes * BOXES)
+            for box in gl.static_range(BOXES):
+                fetch(x, [row + box * ROWS, k], full.index(slot), ring.index(slot * BOXES + box))
+            fetched += 1
 
 
 @gluon.jit
 def fetch_weights(
-    given, PARTS: gl.constexpr, TRANSPOSE: gl.constexpr, GATED: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr, PRODUCT: gl.constexpr,
+    given, PARTS: gl.constexpr, TRANSPOSE: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, TILE_N: gl.constexpr, PRODUCT: gl.constexpr, SKIPPED: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches the weights of the first or of the second product, where there is one."""
-    _x_ptr, _stride_x, weights, _biases, _out, sizes, rings, barriers = given
+    """The warp that fetches the weights of the first or of the second product, where there is one. SKIPPED: columns of
+    a tile before this product's."""
+    _x, weights, columns, _biases, _out, sizes, rings, barriers = given
     rows, depth = sizes
     full, empty, _turns = barriers
-    ring = rings[1 + PRODUCT]
-    BLOCK_K: gl.constexpr = rings[0].shape[2]
-    TILE_N: gl.constexpr = BLOCK_N if GATED else BLOCK_N + REST_N
-    SKIPPED: gl.constexpr = BLOCK_N if PRODUCT == 1 and not GATED else 0  # columns of a tile before this product's
-    tiles_m = gl.cdiv(rows, BLOCK_M)
-    before, fetched = 0, 0
-    for part in gl.static_range(0 if PRODUCT == 1 and REST_N == 0 else PARTS):
-        ptr, stride, columns = weights[part][2 * PRODUCT], weights[part][2 * PRODUCT + 1], weights[part][4]
-        if TRANSPOSE:
-            shape = [depth, columns]
-        else:
-            shape = [columns, depth]
-        blocks = tma.make_tensor_descriptor(ptr, shape, [stride, 1], [ring.shape[1], ring.shape[2]], ring.layout)
-        tiles_n = gl.cdiv(columns, TILE_N)
-        for tile in range(first_tile(before), tiles_m * tiles_n, gl.num_programs(0)):
-            _tile_m, tile_n = grouped(tile, tiles_m, tiles_n, GROUP)
-            column = tile_n * TILE_N + SKIPPED
+    if weights[0][PRODUCT] is not None:
+        ring = rings[1 + PRODUCT]
+        BLOCK_K: gl.constexpr = rings[0].shape[2]
+        turns, tiles_n = turns_of_all(rows, columns, PARTS, BLOCK_M, TILE_N)
+        fetched = 0
+        for turn in range(turns):
+            _row, weight, column, _start, _own = tile_of(turn, tiles_n, rows, columns, PARTS, GROUP, BLOCK_M, TILE_N)
             for k in range(0, depth, BLOCK_K):
                 slot = fetched % STAGES
                 mbarrier.wait(empty.index(slot), fetched // STAGES & 1 ^ 1)
-                mbarrier.expect(full.index(slot), blocks.block_type.nbytes)
-                if TRANSPOSE:
-                    fetch(blocks, [k, column], full.index(slot), ring.index(slot))
-                else:
-                    fetch(blocks, [column, k], full.index(slot), ring.index(slot))
+                mbarrier.expect(full.index(slot), weights[0][PRODUCT].block_type.nbytes)
+                for part in gl.static_range(PARTS):
+                    if weight == part:
+                        if TRANSPOSE:
+                            at = [k, column + SKIPPED]
+                        else:
+                            at = [column + SKIPPED, k]
+                        fetch(weights[part][PRODUCT], at, full.index(slot), ring.index(slot))
                 fetched += 1
-        before += tiles_m * tiles_n
 
 
 @gluon.jit
 def multiply_all(
     given, PARTS: gl.constexpr, ACTIVATION: gl.constexpr, TRANSPOSE: gl.constexpr, GATED: gl.constexpr,
-    PINGPONG: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    REST_N: gl.constexpr, CONSUMER: gl.constexpr,
+    PDL: gl.constexpr, EARLY: gl.constexpr, PINGPONG: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, TILE_N: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """A consumer."""
-    _x_ptr, _stride_x, weights, biases, out, sizes, rings, barriers = given
-    before, turn, start = 0, 0, 0
-    for part in gl.static_range(PARTS):
-        columns = weights[part][4]
-        before, turn = multiply_tiles(
-            columns, biases[part], start, out, sizes, rings, barriers, before, turn, ACTIVATION, TRANSPOSE, GATED,
-            PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, CONSUMER,
-        )  # fmt: skip
-        start += columns
-
-
-@gluon.jit
-def multiply_tiles(
-    columns, bias, start, out, sizes, rings, barriers, before, turn, ACTIVATION: gl.constexpr, TRANSPOSE: gl.constexpr,
-    GATED: gl.constexpr, PINGPONG: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, REST_N: gl.constexpr, CONSUMER: gl.constexpr,
-):  # fmt: skip
-    """A consumer's share of the tiles of one weight; the tiles of all programs, and of this one, up to here."""
+    """A consumer: all tiles, or every second of them."""
+    _x, _weights, columns, biases, out, sizes, rings, barriers = given
     rows, depth = sizes
-    bias_ptr, rest_bias_ptr = bias
-    ROWS: gl.constexpr = rings[0].shape[1]
-    TILE_N: gl.constexpr = BLOCK_N if GATED else BLOCK_N + REST_N
+    await_rest(PDL, EARLY)
     steps = gl.cdiv(depth, rings[0].shape[2])
-    tiles_m, tiles_n = gl.cdiv(rows, BLOCK_M), gl.cdiv(columns, TILE_N)
-    for tile in range(first_tile(before), tiles_m * tiles_n, gl.num_programs(0)):
-        if not PINGPONG or turn % CONSUMERS == CONSUMER:
-            acc, rest = multiply(rings, barriers, turn, steps, TRANSPOSE, PINGPONG, STAGES, BLOCK_N, REST_N, CONSUMER)
-            tile_m, tile_n = grouped(tile, tiles_m, tiles_n, GROUP)
-            row = tile_m * BLOCK_M + (0 if PINGPONG else CONSUMER * ROWS)
-            column = tile_n * TILE_N
-            acc = activated(with_bias(acc, bias_ptr, column, columns), ACTIVATION, False)
-            if GATED:
-                acc *= with_bias(rest, rest_bias_ptr, column, columns)
-            write(acc, row, column, columns, start, rows, out)
-            if REST_N > 0 and not GATED:
-                rest = activated(with_bias(rest, rest_bias_ptr, column + BLOCK_N, columns), ACTIVATION, False)
-                write(rest, row, column + BLOCK_N, columns, start, rows, out)
-        turn += 1
-    return before + tiles_m * tiles_n, turn
+    turns, tiles_n = turns_of_all(rows, columns, PARTS, BLOCK_M, TILE_N)
+    for turn in range(CONSUMER if PINGPONG else 0, turns, CONSUMERS if PINGPONG else 1):
+        acc, rest = multiply(rings, barriers, turn, steps, TRANSPOSE, PINGPONG, STAGES, BLOCK_N, REST_N, CONSUMER)
+        row, weight, column, start, own = tile_of(turn, tiles_n, rows, columns, PARTS, GROUP, BLOCK_M, TILE_N)
+        row += 0 if PINGPONG else CONSUMER * rings[0].shape[1]
+        acc = activated(with_bias(acc, biases, 0, weight, column, own, PARTS), ACTIVATION, False)
+        if GATED:
+            acc *= with_bias(rest, biases, 1, weight, column, own, PARTS)
+        write(acc, row, column, own, start, rows, out)
+        if REST_N > 0 and not GATED:
+            rest = activated(with_bias(rest, biases, 0, weight, column + BLOCK_N, own, PARTS), ACTIVATION, False)
+            write(rest, row, column + BLOCK_N, own, start, rows, out)
 
 
 @gluon.jit
@@ -211,22 +200,26 @@ def as_right(block, TRANSPOSE: gl.constexpr):
 
 
 @gluon.jit
-def with_bias(acc, bias_ptr, column, columns):
-    if bias_ptr is not None:
-        n = column + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-        acc += gl.load(bias_ptr + n, mask=n < columns, other=0.0).to(gl.float32)[None, :]
-    return acc
+def with_bias(acc, biases, product: gl.constexpr, weight, column, own, PARTS: gl.constexpr):
+    """Add the bias of one of the weights, where it has one, at a column of it; it has `own` of them."""
+    n = column + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    bias = gl.zeros([acc.shape[1]], gl.float32, gl.SliceLayout(0, acc.type.layout))
+    for part in gl.static_range(PARTS):
+        if biases[part][product] is not None:
+            if weight == part:
+                bias = gl.load(biases[part][product] + n, mask=n < own, other=0.0).to(gl.float32)
+    return acc + bias[None, :]
 
 
 @gluon.jit
-def write(acc, row, column, columns, start, rows, out):
-    """Add the residual, and write a tile at row and column of a weight whose columns begin at `start` in out."""
+def write(acc, row, column, own, start, rows, out):
+    """Add the residual, and write a tile at row and column of a weight, whose `own` columns begin at `start` in out."""
     residual_ptr, stride_residual, out_ptr, width = out
     BLOCK_N: gl.constexpr = acc.shape[1]
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_N, BLOCK_N // 8], [4, 1], [1, 0])
     m = row + gl.arange(0, acc.shape[0], gl.SliceLayout(1, STORE))
     n = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, STORE))
-    inside = (m < rows)[:, None] & (n < columns)[None, :]
+    inside = (m < rows)[:, None] & (n < own)[None, :]
     if residual_ptr is not None:
         residual_at = residual_ptr + m.to(gl.int64)[:, None] * stride_residual + (start + n)[None, :]
         residual = gl.load(residual_at, mask=inside, other=0.0)
@@ -237,24 +230,25 @@ def write(acc, row, column, columns, start, rows, out):
 
 @gluon.jit
 def crew(
-    x_ptr, stride_x, weights, biases, out, rows, depth, PARTS: gl.constexpr, ACTIVATION: gl.constexpr,
-    TRANSPOSE: gl.constexpr, GATED: gl.constexpr, PINGPONG: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    x, weights, columns, biases, out, rows, depth, PARTS: gl.constexpr, ACTIVATION: gl.constexpr,
+    TRANSPOSE: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, PINGPONG: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, REST_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """A program. weights: (pointer, stride, those of the second product, columns) of each; biases: of both products."""
-    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    """A program. weights: (descriptor, that of the second product) of each; columns: of each; biases: of both products
+    of each."""
+    begin(PDL, EARLY)
     ROWS: gl.constexpr = BLOCK_M if PINGPONG else BLOCK_M // CONSUMERS
-    X: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_K], dtype)
-    SHAPE: gl.constexpr = [BLOCK_K, BLOCK_N] if TRANSPOSE else [BLOCK_N, BLOCK_K]
-    WEIGHT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(SHAPE, dtype)
+    TILE_N: gl.constexpr = BLOCK_N if GATED else BLOCK_N + REST_N
+    SKIPPED: gl.constexpr = 0 if GATED else BLOCK_N
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    x_ring = gl.allocate_shared_memory(dtype, [STAGES * (BLOCK_M // ROWS), ROWS, BLOCK_K], X)
-    ring = gl.allocate_shared_memory(dtype, [STAGES, SHAPE[0], SHAPE[1]], WEIGHT)
+    first, second = weights[0]
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * (BLOCK_M // ROWS), ROWS, BLOCK_K], x.layout)
+    ring = gl.allocate_shared_memory(x.dtype, [STAGES, first.block_shape[0], first.block_shape[1]], first.layout)
     rest_ring = ring
     if REST_N > 0:
-        REST_SHAPE: gl.constexpr = [BLOCK_K, REST_N] if TRANSPOSE else [REST_N, BLOCK_K]
-        REST: gl.constexpr = gl.NVMMASharedLayout.get_default_for(REST_SHAPE, dtype)
-        rest_ring = gl.allocate_shared_memory(dtype, [STAGES, REST_SHAPE[0], REST_SHAPE[1]], REST)
+        SHAPE: gl.constexpr = [STAGES, second.block_shape[0], second.block_shape[1]]
+        rest_ring = gl.allocate_shared_memory(x.dtype, SHAPE, second.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
@@ -264,42 +258,46 @@ def crew(
         mbarrier.init(full.index(slot), count=3 if REST_N > 0 else 2)  # warps that fetch
         mbarrier.init(empty.index(slot), count=1 if PINGPONG else CONSUMERS)
     fence_async_shared()
-    given = (x_ptr, stride_x, weights, biases, out, (rows, depth), (x_ring, ring, rest_ring), (full, empty, turns))
-    # Descriptors are made by the warps that use them, each its own: made one after the other they take microseconds.
+    given = (x, weights, columns, biases, out, (rows, depth), (x_ring, ring, rest_ring), (full, empty, turns))
     gl.warp_specialize(
         [
             (
                 multiply_all,
-                (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0),
+                (
+                    given, PARTS, ACTIVATION, TRANSPOSE, GATED, PDL, EARLY, PINGPONG, GROUP, STAGES, BLOCK_M, TILE_N,
+                    BLOCK_N, REST_N, 0,
+                ),
             ),
             (
                 multiply_all,
-                (given, PARTS, ACTIVATION, TRANSPOSE, GATED, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 1),
+                (
+                    given, PARTS, ACTIVATION, TRANSPOSE, GATED, PDL, EARLY, PINGPONG, GROUP, STAGES, BLOCK_M, TILE_N,
+                    BLOCK_N, REST_N, 1,
+                ),
             ),
-            (fetch_x, (given, PARTS, GATED, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N)),
-            (fetch_weights, (given, PARTS, TRANSPOSE, GATED, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 0)),
-            (fetch_weights, (given, PARTS, TRANSPOSE, GATED, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, 1)),
+            (fetch_x, (given, PARTS, PDL, EARLY, GROUP, STAGES, BLOCK_M, TILE_N)),
+            (fetch_weights, (given, PARTS, TRANSPOSE, GROUP, STAGES, BLOCK_M, TILE_N, 0, 0)),
+            (fetch_weights, (given, PARTS, TRANSPOSE, GROUP, STAGES, BLOCK_M, TILE_N, 1, SKIPPED)),
         ],
         [4, 1, 1, 1],  # warps of all but the first, which has the kernel's own four
         [240, 24, 24, 24],  # and their registers a thread
-    )
+    )  # fmt: skip
 
 
 @gluon.jit
 def linear_many_kernel(
-    x_ptr,  # all as linear_kernel's, and every row of x and the weights is of whole vectors
-    weight_ptr,
-    weight_1_ptr,
-    weight_2_ptr,
-    bias_ptr,
+    x_desc,  # [rows, depth], in blocks of what a consumer multiplies
+    weight_desc,  # a weight as it is kept, in blocks of BLOCK_K and BLOCK_N
+    weight_1_desc,
+    weight_2_desc,
+    rest_desc,  # the same in blocks of BLOCK_K and REST_N, None where that is 0
+    rest_1_desc,
+    rest_2_desc,
+    bias_ptr,  # and all else as linear_kernel's
     bias_1_ptr,
     bias_2_ptr,
     residual_ptr,
     out_ptr,
-    stride_x,
-    stride_weight,
-    stride_weight_1,
-    stride_weight_2,
     stride_residual,
     rows,
     columns,
@@ -310,6 +308,7 @@ def linear_many_kernel(
     ACTIVATION: gl.constexpr,
     TRANSPOSE: gl.constexpr,
     PDL: gl.constexpr,
+    EARLY: gl.constexpr,  # all weights are constant
     PINGPONG: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,  # blocks in the ring
@@ -318,41 +317,32 @@ def linear_many_kernel(
     REST_N: gl.constexpr,  # or 0
     BLOCK_K: gl.constexpr,
 ):
-    # Persistent: grid = (min(tiles of all weights, multiprocessors),). Descriptors are written to memory that the last
-    # kernel may still use, so even they wait.
-    if PDL:
-        await_inputs()
-    PARTS: gl.constexpr = 1 if weight_1_ptr is None else 2 if weight_2_ptr is None else 3
-    weights = (
-        (weight_ptr, stride_weight, weight_ptr, stride_weight, columns),
-        (weight_1_ptr, stride_weight_1, weight_1_ptr, stride_weight_1, columns_1),
-        (weight_2_ptr, stride_weight_2, weight_2_ptr, stride_weight_2, columns_2),
-    )
-    biases = ((bias_ptr, bias_ptr), (bias_1_ptr, bias_1_ptr), (bias_2_ptr, bias_2_ptr))
+    # Persistent: grid = (min(tiles of all weights, multiprocessors),).
+    PARTS: gl.constexpr = 1 if weight_1_desc is None else 2 if weight_2_desc is None else 3
+    weights = ((weight_desc, rest_desc), (weight_1_desc, rest_1_desc), (weight_2_desc, rest_2_desc))
+    biases = ((bias_ptr,), (bias_1_ptr,), (bias_2_ptr,))
     out = (residual_ptr, stride_residual, out_ptr, width)
     crew(
-        x_ptr, stride_x, weights, biases, out, rows, depth, PARTS, ACTIVATION, TRANSPOSE, False, PINGPONG, GROUP,
-        STAGES, BLOCK_M, BLOCK_N, REST_N, BLOCK_K,
+        x_desc, weights, (columns, columns_1, columns_2), biases, out, rows, depth, PARTS, ACTIVATION, TRANSPOSE, False,
+        PDL, EARLY, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, REST_N, BLOCK_K,
     )  # fmt: skip
 
 
 @gluon.jit
 def gated_linear_many_kernel(
-    x_ptr,  # all as gated_linear_kernel's, and every row of x and the weights is of whole vectors
-    gate_ptr,
-    up_ptr,
-    gate_bias_ptr,
+    x_desc,  # as linear_many_kernel's
+    gate_desc,
+    up_desc,
+    gate_bias_ptr,  # and all else as gated_linear_kernel's
     up_bias_ptr,
     out_ptr,
-    stride_x,
-    stride_gate,
-    stride_up,
     rows,
     columns,
     depth,
     ACTIVATION: gl.constexpr,
     TRANSPOSE: gl.constexpr,
     PDL: gl.constexpr,
+    EARLY: gl.constexpr,
     PINGPONG: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
@@ -361,11 +351,23 @@ def gated_linear_many_kernel(
     BLOCK_K: gl.constexpr,
 ):
     # As linear_many_kernel.
-    if PDL:
-        await_inputs()
-    weights = ((gate_ptr, stride_gate, up_ptr, stride_up, columns),)
-    biases = ((gate_bias_ptr, up_bias_ptr),)
+    weights, biases = ((gate_desc, up_desc),), ((gate_bias_ptr, up_bias_ptr),)
     crew(
-        x_ptr, stride_x, weights, biases, (None, 0, out_ptr, columns), rows, depth, 1, ACTIVATION, TRANSPOSE, True,
-        PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, BLOCK_N, BLOCK_K,
+        x_desc, weights, (columns,), biases, (None, 0, out_ptr, columns), rows, depth, 1, ACTIVATION, TRANSPOSE, True,
+        PDL, EARLY, PINGPONG, GROUP, STAGES, BLOCK_M, BLOCK_N, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+
+
+def x_blocks(x: Tensor, config: Mapping[str, int]) -> Descriptor:
+    """x as the kernels fetch it: by what one consumer multiplies."""
+    rows = config["BLOCK_M"] if config["PINGPONG"] else config["BLOCK_M"] // int(CONSUMERS)
+    shape = (product(x.shape[:-1]), x.shape[-1])
+    return Descriptor(x, shape, (matrix_rows("x", x), 1), (rows, config["BLOCK_K"]))
+
+
+def weight_blocks(weight: Tensor | None, columns: int, config: Mapping[str, int], transpose: bool) -> Descriptor | None:
+    """A weight in blocks of so many columns; None where there is none, or none of them."""
+    if weight is None or columns == 0:
+        return None
+    block = (config["BLOCK_K"], columns) if transpose else (columns, config["BLOCK_K"])
+    return Descriptor(weight, weight.shape, (weight.strides[0], 1), block)

@@ -35,6 +35,7 @@ from trimaran.kernels.contract import (
     expect_shape,
 )
 from trimaran.kernels.dependent import begin, dependent
+from trimaran.kernels.linear_configs import config_of
 from trimaran.kernels.linear_tiles import sum_parts
 from trimaran.kernels.matmul import check_device, check_vectors, left_to_vendor, weight_sizes
 from trimaran.kernels.rms_norm import scaled
@@ -120,7 +121,7 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     check_vectors(inputs, "bias", "norm_weight", "norm_bias")
     left_to_vendor("linear_norm", device, x.dtype)
     product_inputs = linear_plan.bare(inputs)
-    config = linear_plan.config_of(product_inputs, columns, "none", device)
+    config = config_of(product_inputs, columns, "none", attrs.transpose_weight, device)
     if rows > JOINED_ROWS or columns > JOINED_COLUMNS or "PINGPONG" in config:
         return one_after_the_other(inputs, outputs, attrs, device)
     split = config.get("SPLIT", PARTS)

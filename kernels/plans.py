@@ -19,6 +19,7 @@ from trimaran.kernels.contract import (
     ITEMSIZE,
     TRITON_TYPE,
     Decline,
+    Descriptor,
     Device,
     Divisible,
     Launch,
@@ -38,7 +39,9 @@ class Param:
     """A run-time parameter of a kernel.
 
     type is Triton's ("*fp16", "i32", "fp32"); divisible: compiled as a multiple of 16. A pointer is the address of
-    (place, index) plus `expression` elements, a number (place None) is `expression` itself.
+    (place, index) plus `expression` elements, a number (place None) is `expression` itself. A descriptor ("tensordesc<
+    fp16[128, 64]>") has the address of its first element; Triton's kernels have its shape and its strides as parameters
+    of their own after it, `rank` numbers each, so what a launcher makes it of follows.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Param:
     index: int
     expression: Any
     dtype: str = ""
+    rank: int = 0  # of a descriptor
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,9 +216,25 @@ def _planned(launch: Launch, scratch: list[Scratch]) -> PlannedLaunch:
         value = launch.args[parameter]
         if value is None:  # an absent pointer: the kernel tests `ptr is not None` at compile time
             constexprs[parameter] = None
+        elif isinstance(value, Descriptor):
+            params += _descriptor(f"{name}: {parameter}", parameter, value)
         else:
             params.append(_param(f"{name}: {parameter}", parameter, value, scratch))
     return PlannedLaunch(launch.kernel, (x, y, z), tuple(params), constexprs, {**OPTIONS, **launch.options})
+
+
+def _descriptor(where: str, name: str, value: Descriptor) -> list[Param]:
+    """The descriptor, its shape and its strides."""
+    tensor, block = value.tensor, ", ".join(map(str, value.block))
+    if not (tensor.aligned and bool(tensor.offset * ITEMSIZE[tensor.dtype] % ALIGNMENT == 0)):
+        raise ValueError(
+            f"{where} describes a tensor that may start anywhere, expected a multiple of {ALIGNMENT} bytes"
+        )
+    type, rank = f"tensordesc<{TRITON_TYPE[tensor.dtype]}[{block}]>", len(value.shape)
+    first = Param(name, type, False, tensor.place, tensor.index, expression_of(tensor.offset), tensor.dtype, rank=rank)
+    sizes = [Param(f"{name}.shape", "i32", False, None, -1, expression_of(size)) for size in value.shape]
+    steps = [Param(f"{name}.strides", "i64", False, None, -1, expression_of(stride)) for stride in value.strides]
+    return [first, *sizes, *steps]
 
 
 def _param(where: str, name: str, value: Any, scratch: list[Scratch]) -> Param:

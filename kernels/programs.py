@@ -5,14 +5,17 @@ each step. A step is an operation on two earlier values; a comparison is a guard
 answer differs. Equal expressions are one step. `ort_ops/hot_path.c` has the same layout as structs; all numbers are
 little-endian:
 
-    header      10 x u32  sizes, constants, guard steps, all steps, outputs, dimensions, scratch, launches, arguments,
-                          attributes
+    header      11 x u32  sizes, constants, guard steps, all steps, outputs, dimensions, scratch, launches, arguments,
+                          attributes, boxes
     constants   i64 each
     steps       4 x u16   operation (its place in OPERATIONS), left, right, answer (of a guard)
-    launches    u64 function, u32 threads, u32 shared bytes, 3 x u16 grid, u16 arguments, u16 attributes, 3 x u16 zero
-    arguments   4 x u16   kind (0: a value, 1: an address), base, value, bytes per element. An address is that of
-                          tensor `base` (inputs, then outputs, then scratch) plus `value` elements
+    launches    u64 function, u32 threads, u32 shared bytes, 3 x u16 grid, u16 arguments, u16 attributes, u16 boxes,
+                2 x u16 zero
+    arguments   4 x u16   kind (0: a value, 1: an address, 2: a descriptor), base, value, bytes per element. An address
+                          is that of tensor `base` (inputs, then outputs, then scratch) plus `value` elements, and so is
+                          a descriptor's; the arguments after it are its shape and strides
     attributes  u32 CUlaunchAttributeID, u32 zero, 64 bytes of value
+    boxes       8 x u32   CUtensorMapDataType, rank, CUtensorMapSwizzle, 5 sizes, the last axis first; of a descriptor
     outputs     2 x u16   whether it is computed, rank
     scratch     2 x u16   bytes (a value), whether it is zeroed
     dimensions  u16 each, the outputs' one after another (a value)
@@ -28,11 +31,12 @@ from itertools import chain
 from typing import Any
 
 from trimaran.kernels.contract import ITEMSIZE
+from trimaran.kernels.cuda import TENSOR_MAP_TYPES
 from trimaran.kernels.plans import Param, Plan, PlannedLaunch
 from trimaran.kernels.sizes import Expression, simplified
 
 OPERATIONS = ("+", "-", "*", "//", "%", "min", "max", "==", "!=", "<", "<=", ">", ">=")
-VALUE, ADDRESS = 0, 1
+VALUE, ADDRESS, DESCRIPTOR = 0, 1, 2
 MAX_VALUES = 4096  # what the C path has room for
 
 
@@ -41,7 +45,7 @@ class Loaded:
     """A compiled kernel where it can be launched: what cuLaunchKernelEx wants beyond grid, stream and parameters.
 
     function: a CUfunction; attributes: (CUlaunchAttributeID, words of its value); global_scratch: bytes per program
-    that the compiler wants, as a parameter after the launch's own, before a null.
+    that the compiler wants, as a parameter after the launch's own, before a null; boxes: as a `compiler.Binary` has.
     """
 
     function: int
@@ -50,6 +54,7 @@ class Loaded:
     num_ctas: int = 1
     global_scratch: int = 0
     attributes: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    boxes: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 def serialize(plan: Plan, inputs: int, load: Callable[[PlannedLaunch], Loaded]) -> bytes:
@@ -87,7 +92,8 @@ class _Writer:
 
     def _argument(self, param: Param) -> tuple[int, int, Expression, int]:
         if param.place is not None:
-            return ADDRESS, self.bases[param.place] + param.index, param.expression, ITEMSIZE[param.dtype]
+            kind = DESCRIPTOR if param.rank else ADDRESS
+            return kind, self.bases[param.place] + param.index, param.expression, ITEMSIZE[param.dtype]
         if param.type == "fp32":
             return VALUE, 0, int.from_bytes(struct.pack("<f", param.expression), "little"), 0
         return VALUE, 0, param.expression, 0
@@ -117,23 +123,26 @@ class _Writer:
         for (comparison, left, right), answer in self.plan.guards.items():
             self._step(comparison, self.number(left), self.number(right), answer)
         guards = len(self.steps)
-        launches, arguments, attributes = [], [], []
-        for _, loaded, grid, given in self.launches:
+        launches, arguments, attributes, boxes = [], [], [], []
+        for launch, loaded, grid, given in self.launches:
             head = (loaded.function, loaded.threads, loaded.shared, *map(self.number, grid))
-            launches.append(struct.pack("<QII8H", *head, len(given), len(loaded.attributes), 0, 0, 0))
+            own = (len(given), len(loaded.attributes), len(loaded.boxes))
+            launches.append(struct.pack("<QII8H", *head, *own, 0, 0))
             arguments += [struct.pack("<4H", kind, base, self.number(e), size) for kind, base, e, size in given]
             attributes += [_attribute(*attribute) for attribute in loaded.attributes]
+            described = [param.dtype for param in launch.params if param.rank]
+            boxes += [_box(dtype, *box) for dtype, box in zip(described, loaded.boxes, strict=True)]
         outputs = [(int(shape is not None), len(shape or ())) for shape in self.plan.shapes]
         scratch = [(self.number(size), int(zero)) for size, zero in self.scratch]
         dimensions = [self.number(size) for shape in self.plan.shapes if shape is not None for size in shape]
         values = self.plan.sizes + len(self.constants) + len(self.steps)
         if values > MAX_VALUES:
             raise ValueError(f"a plan of {values} values, expected at most {MAX_VALUES}")
-        sections = (launches, arguments, attributes)
+        sections = (launches, arguments, attributes, boxes)
         counts = (len(outputs), len(dimensions), len(scratch), *map(len, sections))
         return b"".join(
             [
-                struct.pack("<10I", self.plan.sizes, len(self.constants), guards, len(self.steps), *counts),
+                struct.pack("<11I", self.plan.sizes, len(self.constants), guards, len(self.steps), *counts),
                 struct.pack(f"<{len(self.constants)}q", *self.constants),
                 *(struct.pack("<4H", *step) for step in self.steps),
                 *chain.from_iterable(sections),
@@ -153,6 +162,11 @@ def _constants(expression: Expression) -> Iterator[int]:
 
 def _product(*expressions: Expression) -> Expression:
     return functools.reduce(functools.partial(simplified, "*"), expressions)
+
+
+def _box(dtype: str, swizzle: int, sizes: tuple[int, ...]) -> bytes:
+    room = [*reversed(sizes), *[0] * (5 - len(sizes))]
+    return struct.pack("<8I", TENSOR_MAP_TYPES[dtype], len(sizes), swizzle, *room)
 
 
 def _attribute(identity: int, words: tuple[Any, ...]) -> bytes:

@@ -298,7 +298,7 @@ def row_strides(name: str, tensor: Tensor | None, rank: int) -> dict[str, Any]:
         return {f"stride_{name}b": 0, f"stride_{name}s": 0}
     shared = tensor.rank < rank or tensor.shape[0] == 1
     along = tensor.strides[-2] if rank == 3 else tensor.strides[-1]
-    return {f"stride_{name}b": 0 if shared else Divisible(tensor.strides[0]), f"stride_{name}s": Divisible(along)}
+    return {f"stride_{name}b": Divisible(0 if shared else tensor.strides[0]), f"stride_{name}s": Divisible(along)}
 
 
 def rotary_embedding_reference(

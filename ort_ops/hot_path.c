@@ -13,7 +13,9 @@
 #include <string.h>
 
 enum { MAX_INPUTS = 31, MAX_OUTPUTS = 16, MAX_SCRATCH = 16, MAX_SIZES = 256, MAX_VALUES = 4096, MAX_ARGUMENTS = 256 };
-enum { MAX_RANK = 32, HINTS = 64, ALIGNMENT = 16, SCRATCH_ALIGNMENT = 256 };
+enum { MAX_RANK = 32, HINTS = 64, ALIGNMENT = 16, SCRATCH_ALIGNMENT = 256, MAX_DESCRIPTORS = 16 };
+enum { VALUE, ADDRESS, DESCRIPTOR }; /* kinds of arguments */
+enum { NOT_INTERLEAVED = 0, L2_128B = 2, ZEROS_OUTSIDE = 0 };
 
 typedef void *Status; /* OrtStatus*, null where all went well */
 
@@ -51,6 +53,8 @@ typedef struct { /* CUlaunchConfig */
 typedef struct { /* the CUDA driver's, or stand-ins; each returns 0 where all went well */
   int (*launch)(const Config *config, void *function, void **parameters, void **extra);
   int (*zero)(uint64_t address, unsigned char value, size_t bytes, void *stream);
+  int (*encode)(void *map, int type, uint32_t rank, void *address, const uint64_t *sizes, const uint64_t *strides,
+                const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int outside);
   int (*get_context)(void **context); /* null: there are no contexts */
   int (*push_context)(void *context);
   int (*pop_context)(void **context);
@@ -60,7 +64,7 @@ typedef struct { /* the CUDA driver's, or stand-ins; each returns 0 where all we
 /* Plans */
 
 typedef struct {
-  uint32_t sizes, constants, guards, steps, outputs, dimensions, scratch, launches, arguments, attributes;
+  uint32_t sizes, constants, guards, steps, outputs, dimensions, scratch, launches, arguments, attributes, boxes;
 } Header;
 
 typedef struct {
@@ -70,12 +74,20 @@ typedef struct {
 typedef struct {
   uint64_t function;
   uint32_t threads, shared;
-  uint16_t grid[3], arguments, attributes, zero[3];
+  uint16_t grid[3], arguments, attributes, boxes, zero[2];
 } Launch;
 
 typedef struct {
   uint16_t kind, base, value, itemsize;
 } Argument;
+
+typedef struct { /* of a descriptor; sizes from the last axis on */
+  uint32_t type, rank, swizzle, sizes[5];
+} Box;
+
+typedef struct { /* CUtensorMap */
+  _Alignas(64) uint8_t bytes[128];
+} TensorMap;
 
 typedef struct {
   uint16_t first, second;
@@ -96,6 +108,7 @@ typedef struct Plan {
   const Launch *launches;
   const Argument *arguments;
   const Attribute *attributes;
+  const Box *boxes;
   const Pair *outputs, *scratch;
   const uint16_t *dimensions;
   uint64_t content[];
@@ -319,30 +332,56 @@ static int zero_scratch(const Kernel *kernel, const Plan *plan, const Run *run, 
   return 0;
 }
 
+/* What argument `argument` describes; its shape and strides are the arguments after it. */
+static int describe(const Driver *driver, const Run *run, const Argument *argument, const Box *box, uint64_t address,
+                    TensorMap *map) {
+  static const uint32_t steps[5] = {1, 1, 1, 1, 1};
+  uint64_t sizes[5], strides[5];
+  const Argument *shape = argument + 1, *elements = shape + box->rank;
+  for (uint32_t axis = 0; axis < box->rank; axis++)
+    sizes[box->rank - 1 - axis] = (uint64_t)run->values[shape[axis].value];
+  for (uint32_t axis = 0; axis + 1 < box->rank; axis++)
+    strides[box->rank - 2 - axis] = (uint64_t)(run->values[elements[axis].value] * argument->itemsize);
+  return driver->encode(map, (int)box->type, box->rank, (void *)(uintptr_t)address, sizes, strides, box->sizes, steps,
+                        NOT_INTERLEAVED, (int)box->swizzle, L2_128B, ZEROS_OUTSIDE);
+}
+
+static int launch_one(const Driver *driver, const Run *run, const Launch *launch, const Argument *arguments,
+                      const Attribute *attributes, const Box *box, void *stream) {
+  uint64_t storage[MAX_ARGUMENTS];
+  TensorMap maps[MAX_DESCRIPTORS], *map = maps;
+  void *parameters[MAX_ARGUMENTS];
+  Config config = {.block = {launch->threads, 1, 1}, .shared = launch->shared, .stream = stream,
+                   .attributes = attributes, .attribute_count = launch->attributes};
+  for (int axis = 0; axis < 3; axis++) config.grid[axis] = (uint32_t)run->values[launch->grid[axis]];
+  if (!config.grid[0] || !config.grid[1] || !config.grid[2]) return 0;
+  for (uint16_t at = 0; at < launch->arguments; at++) {
+    const Argument *argument = arguments + at;
+    int64_t value = run->values[argument->value];
+    storage[at] = (uint64_t)value; /* an i32 or fp32 is its lower half */
+    parameters[at] = storage + at;
+    if (argument->kind == VALUE) continue;
+    /* wraps where the address is null and the offset is not: nothing is read then */
+    storage[at] = (uint64_t)(uintptr_t)run->addresses[argument->base] + (uint64_t)(value * argument->itemsize);
+    if (argument->kind == ADDRESS) continue;
+    int code = describe(driver, run, argument, box++, storage[at], map);
+    if (code) return code;
+    parameters[at] = map++;
+  }
+  return driver->launch(&config, (void *)(uintptr_t)launch->function, parameters, NULL);
+}
+
 static int launch_all(const Driver *driver, const Plan *plan, const Run *run, void *stream) {
   const Argument *arguments = plan->arguments;
   const Attribute *attributes = plan->attributes;
+  const Box *boxes = plan->boxes;
   for (uint32_t index = 0; index < plan->header.launches; index++) {
     const Launch *launch = plan->launches + index;
-    uint64_t storage[MAX_ARGUMENTS];
-    void *parameters[MAX_ARGUMENTS];
-    Config config = {.block = {launch->threads, 1, 1}, .shared = launch->shared, .stream = stream,
-                     .attributes = attributes, .attribute_count = launch->attributes};
-    for (int axis = 0; axis < 3; axis++) config.grid[axis] = (uint32_t)run->values[launch->grid[axis]];
-    for (uint16_t at = 0; at < launch->arguments; at++) {
-      const Argument *argument = arguments + at;
-      int64_t value = run->values[argument->value];
-      if (argument->kind) /* wraps where the address is null and the offset is not: nothing is read then */
-        storage[at] = (uint64_t)(uintptr_t)run->addresses[argument->base] + (uint64_t)(value * argument->itemsize);
-      else
-        storage[at] = (uint64_t)value; /* an i32 or fp32 is its lower half */
-      parameters[at] = storage + at;
-    }
+    int code = launch_one(driver, run, launch, arguments, attributes, boxes, stream);
+    if (code) return code;
     arguments += launch->arguments;
     attributes += launch->attributes;
-    if (!config.grid[0] || !config.grid[1] || !config.grid[2]) continue;
-    int code = driver->launch(&config, (void *)(uintptr_t)launch->function, parameters, NULL);
-    if (code) return code;
+    boxes += launch->boxes;
   }
   return 0;
 }
@@ -427,13 +466,14 @@ Plan *trimaran_table_add(Table *table, const Facts *facts, const void *content, 
   plan->launches = (const Launch *)(plan->steps + h->steps);
   plan->arguments = (const Argument *)(plan->launches + h->launches);
   plan->attributes = (const Attribute *)(plan->arguments + h->arguments);
-  plan->outputs = (const Pair *)(plan->attributes + h->attributes);
+  plan->boxes = (const Box *)(plan->attributes + h->attributes);
+  plan->outputs = (const Pair *)(plan->boxes + h->boxes);
   plan->scratch = plan->outputs + h->outputs;
   plan->dimensions = (const uint16_t *)(plan->scratch + h->scratch);
   int fits = h->outputs <= MAX_OUTPUTS && h->scratch <= MAX_SCRATCH &&
              h->sizes + h->constants + h->steps <= MAX_VALUES;
   for (uint32_t index = 0; fits && index < h->launches; index++)
-    fits = plan->launches[index].arguments <= MAX_ARGUMENTS;
+    fits = plan->launches[index].arguments <= MAX_ARGUMENTS && plan->launches[index].boxes <= MAX_DESCRIPTORS;
   for (uint32_t index = 0; fits && index < h->outputs; index++) fits = plan->outputs[index].second <= MAX_RANK;
   if (!fits) {
     free(plan);

@@ -7,7 +7,8 @@ import threading
 from ctypes import c_int, c_size_t, c_ubyte, c_uint64, c_void_p
 from typing import Any
 
-from trimaran.kernels.driver import PARAMETER_TYPES, Config, Functions
+from trimaran.kernels.cuda import Config, Functions
+from trimaran.kernels.driver import PARAMETER_TYPES
 from trimaran.kernels.interpreter import Interpreter
 from trimaran.kernels.plans import PlannedLaunch
 from trimaran.kernels.programs import Loaded

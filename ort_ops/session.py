@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trimaran.kernels.contract import Op
-from trimaran.kernels.driver import CudaError, device, driver
+from trimaran.kernels.cuda import CudaError, device
+from trimaran.kernels.driver import driver
 from trimaran.kernels.interpreter import interpreting
 from trimaran.ort_ops.abi import CPU, CUDA
 from trimaran.ort_ops.domain import TRIMARAN, Domain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import CFUNCTYPE, POINTER, c_int, c_int64, c_size_t, c_ubyte, c_uint64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, c_int, c_int64, c_size_t, c_ubyte, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trimaran.kernels.contract import Device, Op
-from trimaran.kernels.driver import Config, Functions
+from trimaran.kernels.cuda import Config, Functions
 from trimaran.kernels.execute import execute
 from trimaran.kernels.plans import PlanCache, PlannedLaunch
 from trimaran.kernels.programs import Loaded
@@ -23,6 +23,7 @@ from trimaran.ort_ops.kernel import Kernel
 from trimaran.ort_ops.native import native
 
 HOPPER = Device("cuda", 0, 90, 132, 227 * 1024)
+BOX = (3, (8, 64))  # of every descriptor: CUtensorMapSwizzle, and sizes
 STREAM, MEMORY_INFO, ALLOCATOR = 0x5EA, 0x3E3, 0xA110C
 P = c_void_p
 
@@ -120,6 +121,11 @@ class FakeRuntime:
         return len(self.statuses)
 
 
+def kinds_of(launch: PlannedLaunch) -> list[Any]:
+    types = {"i32": c_int, "i64": c_int64, "fp32": ctypes.c_float}
+    return [c_uint64 if param.place else types[param.type] for param in launch.params]
+
+
 class FakeDriver:
     """Records what is launched, in words that the Python path gives as well."""
 
@@ -128,14 +134,19 @@ class FakeDriver:
         self.calls: list[Any] = []
         self.launches: list[PlannedLaunch] = []
         self.code = 0
+        self.maps: dict[int, Any] = {}
         launch = CFUNCTYPE(c_int, POINTER(Config), c_void_p, POINTER(c_void_p), c_void_p)(self._launch)
         zero = CFUNCTYPE(c_int, c_uint64, c_ubyte, c_size_t, c_void_p)(self._zero)
-        self.kept = (launch, zero)
+        sizes, parts = POINTER(c_uint64), POINTER(c_uint32)
+        types = (c_int, c_uint32, c_uint64, sizes, sizes, parts, parts, c_int, c_int, c_int, c_int)
+        encode = CFUNCTYPE(c_int, P, *types)(self._encode)
+        self.kept = (launch, zero, encode)
         self.functions = Functions(*(ctypes.cast(call, P).value for call in self.kept))
 
     def load(self, launch: PlannedLaunch) -> Loaded:
         self.launches.append(launch)
-        return Loaded(len(self.launches), 128, 4096, num_ctas=2, attributes=((4, (2, 1, 1)), (6, (1,))))
+        boxes = tuple(BOX for param in launch.params if param.rank)
+        return Loaded(len(self.launches), 128, 4096, num_ctas=2, attributes=((4, (2, 1, 1)), (6, (1,))), boxes=boxes)
 
     def failure(self, code: int) -> BaseException:
         return RuntimeError(f"the driver said {code}")
@@ -146,13 +157,25 @@ class FakeDriver:
         assert (config.stream, config.shared, tuple(config.block)) == (STREAM, 4096, (128, 1, 1))
         found = [config.attributes[index] for index in range(config.attribute_count)]
         assert [(a.id, tuple(a.value[:3])) for a in found] == [(4, (2, 1, 1)), (6, (1, 0, 0))]
-        types = {"i32": c_int, "i64": c_int64, "fp32": ctypes.c_float}
-        kinds = [c_uint64 if param.place else types[param.type] for param in launch.params]
+        kinds = kinds_of(launch)
         values = [kind.from_address(parameters[index]).value for index, kind in enumerate(kinds)]
+        for index, param in enumerate(launch.params):
+            if param.rank:
+                values[index] = self.maps.pop(parameters[index])
         hidden = [c_uint64.from_address(parameters[len(kinds) + index]).value for index in range(2)]
         assert hidden == [0, 0]
         self.calls.append(("launch", launch.kernel.__name__, tuple(config.grid), values))
         return self.code
+
+    def _encode(
+        self, to: int, type: int, rank: int, address: int, sizes: Any, strides: Any, box: Any, steps: Any, *rest: int
+    ) -> int:
+        """Keeps what the map says where it would be written."""
+        assert to % 64 == 0
+        assert (type, box[:rank], rest) == (6, list(BOX[1][::-1]), (0, BOX[0], 2, 0))
+        assert steps[:rank] == [1] * rank
+        self.maps[to] = (address, sizes[:rank], strides[: rank - 1])
+        return 0
 
     def _zero(self, address: int, value: int, count: int, stream: int) -> int:
         assert (value, stream) == (0, STREAM)
@@ -167,9 +190,12 @@ class Recorder:
         self.calls: list[Any] = []
 
     def launch(self, launch: PlannedLaunch, grid: Any, arguments: list[Any], stream: int, allocate: Any) -> None:
-        types = {"i32": c_int, "i64": c_int64, "fp32": ctypes.c_float}
-        kinds = [c_uint64 if param.place else types[param.type] for param in launch.params]
-        values = [kind(value).value for kind, value in zip(kinds, arguments, strict=True)]
+        values = [kind(value).value for kind, value in zip(kinds_of(launch), arguments, strict=True)]
+        for index, param in enumerate(launch.params):
+            if param.rank:
+                rest = arguments[index + 1 :]
+                shape, strides = rest[: param.rank], rest[param.rank : 2 * param.rank - 1]
+                values[index] = (values[index], shape[::-1], [2 * stride for stride in strides[::-1]])
         self.calls.append(("launch", launch.kernel.__name__, (2 * grid[0], *grid[1:]), values))
 
     def zero(self, address: int, count: int, stream: int) -> None:

@@ -1,10 +1,12 @@
 """The Gluon kernel of attention: when it is chosen, that it compiles, and on a Hopper GPU what it computes."""
 
+import itertools
+
 import pytest
 import torch
 from oracle import assert_close, run_kernel, widened
 
-from trimaran.kernels.attention import LONG, attention, attention_reference
+from trimaran.kernels.attention import LONG, MEDIUM, attention, attention_reference
 from trimaran.kernels.attention_hopper import attention_hopper_kernel
 from trimaran.kernels.compiler import compile_launch
 from trimaran.kernels.contract import Device, Tensor
@@ -12,17 +14,18 @@ from trimaran.kernels.plans import make_plan
 from trimaran.kernels.sizes import contiguous_strides
 
 HOPPER = Device("cuda", 0, 90, 132, 227 * 1024)
+COMPILED = [(64, False, "float16"), (128, True, "bfloat16")]  # each takes seconds; all of them in the slow tests
 ON_HOPPER = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="this kernel is for Hopper"
 )
 
 
-def tensor(*shape, dtype="float16", aligned=True):
-    return Tensor(dtype, shape, contiguous_strides(shape), aligned)
+def tensor(*shape, dtype="float16", aligned=True, strides=None):
+    return Tensor(dtype, shape, strides or contiguous_strides(shape), aligned)
 
 
-def launch_of(change=None, attrs=None, device=HOPPER, dtype="float16", head_dim=64, keys=2048):
-    q, kv = (tensor(2, 4, size, head_dim, dtype=dtype) for size in (300, keys))
+def launch_of(change=None, attrs=None, device=HOPPER, dtype="float16", head_dim=64, keys=2048, queries=300):
+    q, kv = (tensor(2, 4, size, head_dim, dtype=dtype) for size in (queries, keys))
     inputs = {"q": q, "k": kv, "v": kv, "bias": None, "key_lengths": None, "key_mask": None} | (change or {})
     plan = make_plan(
         attention, list(inputs.values()), attention.attributes({"scale": 0.1} | (attrs or {})), device, (True,)
@@ -46,7 +49,9 @@ def is_hopper(launch):
         ({"dtype": "float32"}, False),
         ({"head_dim": 136}, False),
         ({"head_dim": 36}, False),  # rows of 72 bytes
-        ({"keys": LONG}, False),
+        ({"keys": MEDIUM + 1}, True),
+        ({"keys": MEDIUM}, False),
+        ({"keys": LONG, "attrs": {"causal": True}}, False),
         ({"device": Device("cuda", 0, 80, 108, 160 * 1024)}, False),
         ({"device": Device("cuda", 0, 100, 148, 227 * 1024)}, False),
         ({"attrs": {"scale": -0.1}}, False),
@@ -58,15 +63,21 @@ def is_hopper(launch):
         ({"change": {"key_mask": tensor(2, 2048, dtype="bool")}}, False),
         ({"change": {"v": tensor(2, 4, 2048, 64, aligned=False)}}, False),
         ({"change": {"q": tensor(2, 4, 300, 64, aligned=False)}}, False),
+        ({"change": {"v": tensor(2, 4, 2048, 64, strides=(0, 2048 * 64, 64, 1))}}, False),  # one for all batches
+        ({"change": {"v": tensor(2, 4, 2048, 64, strides=(4 * 2048 * 68, 2048 * 68, 68, 1))}}, False),
     ],
 )
 def test_when_it_is_chosen(given, chosen):
     assert is_hopper(launch_of(**given)) == chosen
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "causal", "dtype"),
+    [
+        pytest.param(*case, marks=() if case in COMPILED else pytest.mark.slow)
+        for case in itertools.product((64, 128), (False, True), ("float16", "bfloat16"))
+    ],
+)
 def test_it_compiles_and_fits(head_dim, causal, dtype):
     given = {"key_lengths": tensor(2, dtype="int32")} if causal else {}
     launch = launch_of(given, {"causal": causal}, dtype=dtype, head_dim=head_dim)
@@ -117,7 +128,9 @@ def test_head_dimensions(head_dim, causal, dtype):
 @ON_HOPPER
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1025), (64, 1152), (65, 1153), (1300, 1300), (3000, 1100)])
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(1, 1025), (64, 1152), (65, 1153), (1300, 1300), (3000, 1100), (500, 385), (512, 512)]
+)
 def test_sizes(queries, keys, causal):
     """Also more queries than keys: under causality the first ones see none, and are zero."""
     got = check(*operands(torch.float16, 1, 3, 3, queries, keys, 64), causal=causal)
@@ -129,9 +142,10 @@ def test_sizes(queries, keys, causal):
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_lengths_with_nan_beyond(head_dim, causal):
-    lengths = [1500, 0, 1, 128, 129, 1499, 700, 3000, -5]
-    q, k, v = operands(torch.float16, len(lengths), 16, 16, 300, 1500, head_dim)
+@pytest.mark.parametrize("keys", [1500, 500])
+def test_lengths_with_nan_beyond(keys, head_dim, causal):
+    lengths = [keys, 0, 1, 128, 129, keys - 1, 400, 3000, -5]
+    q, k, v = operands(torch.float16, len(lengths), 16, 16, 300, keys, head_dim)
     for number, length in enumerate(lengths):
         for tensor_ in (k, v):
             tensor_[number, :, max(length, 0) :] = float("nan")

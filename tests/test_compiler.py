@@ -264,7 +264,7 @@ def bare_launch(x):
 
 @pytest.mark.gpu
 def test_driver_errors_say_what_failed():
-    from trimaran.kernels import driver
+    from trimaran.kernels import cuda
 
-    with pytest.raises(driver.CudaError, match=r"cuDeviceGet: .*\(CUresult \d+\)"):
-        driver.device(99)
+    with pytest.raises(cuda.CudaError, match=r"cuDeviceGet: .*\(CUresult \d+\)"):
+        cuda.device(99)

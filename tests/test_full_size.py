@@ -65,7 +65,7 @@ def test_a_model(make, dtype):
     assert not report.near_misses, report
     assert rms(ours - exact) <= 1.25 * rms(eager - exact), (rms(ours - exact), rms(eager - exact))
     launched = kernels(model, half)
-    assert launched["attention_kernel"] == counts["attention"], launched
+    assert sum(n for name, n in launched.items() if name.startswith("attention")) == counts["attention"], launched
     fallen = {reason for reason in report.fallbacks if reason.startswith("attention")}
     assert not fallen, report
 
@@ -87,7 +87,7 @@ def test_under_autocast(make):
     assert {name: report.replaced[name] for name in counts} == counts, report
     assert not report.near_misses, report
     assert rms(ours - exact) <= 1.25 * rms(eager - exact), (rms(ours - exact), rms(eager - exact))
-    assert launched["attention_kernel"] == counts["attention"], launched
+    assert sum(n for name, n in launched.items() if name.startswith("attention")) == counts["attention"], launched
 
 
 def rows(output, call):

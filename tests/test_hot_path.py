@@ -17,7 +17,19 @@ from hypothesis import strategies as st
 from ort import hammered
 from ort_stand_in import FakeRuntime, Node
 
-from trimaran.kernels.contract import Attr, Decline, Device, Divisible, Input, Launch, Op, Output, Scratch, Tensor
+from trimaran.kernels.contract import (
+    Attr,
+    Decline,
+    Descriptor,
+    Device,
+    Divisible,
+    Input,
+    Launch,
+    Op,
+    Output,
+    Scratch,
+    Tensor,
+)
 from trimaran.kernels.sizes import cdiv, maximum, minimum
 from trimaran.ort_ops import hot_path
 from trimaran.ort_ops.native import native
@@ -29,7 +41,7 @@ pytestmark = pytest.mark.skipif(native().library is None, reason=native().how)
 
 
 @triton.jit
-def first_kernel(x_ptr, y_ptr, scratch_ptr, a, b, c, factor, BLOCK: tl.constexpr):
+def first_kernel(x_ptr, x_desc, y_ptr, scratch_ptr, a, b, c, factor, BLOCK: tl.constexpr):
     pass
 
 
@@ -75,7 +87,15 @@ def plan(inputs: Any, outputs: Any, attrs: Any, device: Device) -> list[Launch]:
     scratch = Scratch("float32", n[0], zero=True)
     x = inputs.x
     tail = Tensor(x.dtype, x.shape, x.strides, x.aligned, x.place, x.index, offset=n[1])
-    args = {"x_ptr": tail, "y_ptr": outputs.y, "scratch_ptr": scratch, "a": n[2], "b": Divisible(n[3])}
+    described = Descriptor(x, (x.shape[0] + 1, n[0] + 1), (n[1] * 8, 1), (16, 64)) if x.aligned else None
+    args = {
+        "x_ptr": tail,
+        "x_desc": described,
+        "y_ptr": outputs.y,
+        "scratch_ptr": scratch,
+        "a": n[2],
+        "b": Divisible(n[3]),
+    }
     first = Launch(first_kernel, (n[4], cdiv(n[5], 4)), {**args, "c": n[6] * 4096, "factor": 0.5}, {"BLOCK": n[7] % 2})
     rest = {"u_ptr": inputs.u, "y_ptr": outputs.z, "scratch_ptr": Scratch("int8", n[8]), "a": n[9]}
     return [first, Launch(second_kernel, (n[10], 1, n[11]), rest)]

@@ -147,7 +147,7 @@ sys.meta_path.insert(0, Broken())
 
 def test_info_tells_devices() -> None:
     found = info("""
-from trimaran.kernels import contract, driver
+from trimaran.kernels import contract, cuda
 def call(name, *arguments):
     if name == "cuDeviceGetCount":
         arguments[0]._obj.value = 2
@@ -155,8 +155,8 @@ def call(name, *arguments):
         arguments[0]._obj.value = arguments[1]
     else:
         arguments[0].value = b"GPU %d" % arguments[2].value
-driver.call = call
-driver.device = lambda index: contract.Device("cuda", index, 100 + index)
+cuda.call = call
+cuda.device = lambda index: contract.Device("cuda", index, 100 + index)
 """)
     assert found["no_devices"] == ""
     assert found["devices"] == [

@@ -7,7 +7,7 @@ import torch
 from oracle import EXACT_PLACES, LINEAR_PLACES, assert_close, run_kernel, widened
 
 from trimaran.kernels import linear as module
-from trimaran.kernels import linear_plan
+from trimaran.kernels import linear_configs
 from trimaran.kernels.activations import ACTIVATIONS
 from trimaran.kernels.compiler import compile_launch
 from trimaran.kernels.contract import INTERPRETER, Device, Tensor
@@ -41,7 +41,7 @@ def tensors(device, dtype, shape, columns, *, bias=True, residual=False, transpo
     columns = columns if isinstance(columns, tuple) else (columns,)
     biases = bias if isinstance(bias, tuple) else (bias,) * len(columns)
     found = {"x": draw(device, dtype, *shape)}
-    for part, width, biased in zip(linear_plan.PARTS, columns, biases, strict=False):
+    for part, width, biased in zip(linear_configs.PARTS, columns, biases, strict=False):
         size = (depth, width) if transpose else (width, depth)
         found[f"weight{part}"] = draw(device, dtype, *size, scale=max(depth, 1) ** -0.5)
         found[f"bias{part}"] = draw(device, dtype, width) if biased else None
@@ -65,9 +65,9 @@ def tile(monkeypatch):
     """Plans take this row of the tables, whatever the sizes."""
 
     def choose(**config):
-        monkeypatch.setattr(linear_plan, "HOPPER", [({}, config)])
+        monkeypatch.setattr(linear_configs, "HOPPER", [({}, config)])
         if "STAGES" not in config:  # a row of Hopper's alone
-            monkeypatch.setattr(linear_plan, "CONFIGS", [({}, config)])
+            monkeypatch.setattr(linear_configs, "CONFIGS", [({}, config)])
         monkeypatch.setattr(TORCH_OPS["linear"], "plans", PlanCache(linear))
 
     return choose
@@ -233,16 +233,12 @@ def test_what_the_vendor_does_sooner_is_declined():
     assert declined([x, weight, bias, x]) is None
     assert declined([x, weight, bias, None, weight, bias]) is None, "torch has no product of several weights"
     assert declined([matrix(128, 768), weight, bias]) is None
-    deep, residual = matrix(768, 3072), matrix(6304, 768)
-    assert declined([matrix(6304, 3072), deep, bias, residual]) == slower, "the last of two waves is half empty"
-    assert declined([matrix(4096, 3072), deep, bias, x]) is None
-    assert declined([matrix(1000, 3072), deep, bias, matrix(1000, 768)]) == slower
+    assert declined([matrix(4096, 3072), matrix(768, 3072), bias, x]) is None
     inputs = [matrix(4, 32, dtype="float32"), matrix(16, 32, dtype="float32")]
     assert declined(inputs) == "linear in fp32 is slower than the vendor's"
     alone = Device("cuda", 0, 90, 132, 232448, fallback=False)
     assert declined(inputs, alone) == "linear in fp32 is slower than the vendor's"
-    few, residual = matrix(1000, 3072), matrix(1000, 768)
-    assert declined([few, deep, bias, residual], alone) is None, "a node of ONNX Runtime has no second way"
+    assert declined([x, weight, bias], alone) is None, "a node of ONNX Runtime has no second way"
     assert declined(inputs, INTERPRETER) is None
 
 

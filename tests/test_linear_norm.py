@@ -6,8 +6,8 @@ import pytest
 import torch
 from oracle import EXACT_PLACES, LINEAR_PLACES, assert_close, run_kernel, widened
 
+from trimaran.kernels import linear_configs
 from trimaran.kernels import linear_norm as module
-from trimaran.kernels import linear_plan
 from trimaran.kernels.contract import Device, Tensor
 from trimaran.kernels.interpreter import interpret
 from trimaran.kernels.linear_norm import linear_norm, linear_norm_reference
@@ -32,7 +32,7 @@ def kernels_alone(request, monkeypatch):
 @pytest.fixture(params=JOINED_ROWS)
 def table(request, monkeypatch):
     monkeypatch.setattr(module, "JOINED_ROWS", JOINED_ROWS[request.param])
-    monkeypatch.setattr(linear_plan, "CONFIGS", [({}, TILE)])
+    monkeypatch.setattr(linear_configs, "CONFIGS", [({}, TILE)])
     monkeypatch.setattr(TORCH_OPS["linear_norm"], "plans", PlanCache(linear_norm))
     return request.param
 

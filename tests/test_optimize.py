@@ -3,10 +3,13 @@
 import copy
 import itertools
 import pickle
+import threading
+import time
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 import trimaran
@@ -287,7 +290,7 @@ def test_kernels_are_really_launched(dtype):
     with torch.profiler.profile() as profile:
         hidden(model, inputs)  # a replay
     names = [event.name for event in profile.events()]
-    assert names.count("attention_kernel") == 2
+    assert names.count("attention_kernel" if dtype == torch.float32 else "attention_few_kernel") == 2
     joined = 0 if dtype == torch.float32 else 4  # with linear layers, which in fp32 are the vendor's
     assert names.count("layer_norm_kernel") == 1
     assert names.count("sum_norm_kernel") == joined
@@ -326,3 +329,45 @@ def test_a_batchs_mask_is_no_lookup(monkeypatch):
     for targets in seen:
         assert torch.ops.aten.index.Tensor not in targets
         assert torch.ops.trimaran.attention.default in targets
+
+
+def test_a_thread_calls_while_another_traces(monkeypatch):
+    """torch refuses calls of what is compiled while anybody traces; they wait, and the mha setting is put back."""
+    from trimaran.torch_path import capture
+
+    inside, go, results = threading.Event(), threading.Event(), {}
+
+    class Slow(capture.Interpreter):
+        def run(self, *args, **kwargs):
+            inside.set()
+            assert go.wait(60)
+            return super().run(*args, **kwargs)
+
+    models = [bert(), bert()]
+    expected = hidden(models[0], batch())
+    for model in models:
+        trimaran.optimize_model(model)
+    hidden(models[1], batch())
+    monkeypatch.setattr(capture, "Interpreter", Slow)
+
+    def work(n):
+        results[n] = hidden(models[n], batch())
+
+    tracing, calling = (threading.Thread(target=work, args=(n,)) for n in (0, 1))
+    tracing.start()
+    assert inside.wait(60)
+    calling.start()
+    time.sleep(0.5)  # some releases of torch refuse it until now
+    go.set()
+    for thread in (tracing, calling):
+        thread.join(120)
+    torch.testing.assert_close(results[0], expected)
+    torch.testing.assert_close(results[1], expected)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_trace_of_the_users_own_is_not_waited_for():
+    model = bert()
+    trimaran.optimize_model(model)
+    with pytest.raises(RuntimeError, match="FX to symbolically trace"):
+        make_fx(lambda: model(**batch()).last_hidden_state)()

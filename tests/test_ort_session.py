@@ -18,7 +18,7 @@ from ort import CPU, CUDA, VERSION, graph_model, model, quiet
 
 from trimaran.kernels.catalog import OPS
 from trimaran.kernels.contract import Device
-from trimaran.kernels.driver import CudaError
+from trimaran.kernels.cuda import CudaError
 from trimaran.kernels.interpreter import interpret
 from trimaran.kernels.layer_norm import layer_norm
 from trimaran.ort_ops import session as session_module

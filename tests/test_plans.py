@@ -11,6 +11,7 @@ from trimaran.kernels.contract import (
     INTERPRETER,
     Attr,
     Decline,
+    Descriptor,
     Device,
     Divisible,
     Input,
@@ -263,3 +264,40 @@ def test_an_output_without_its_inputs_is_refused():
 
 def test_namespaces_fill_missing_inputs():
     assert OP.input_namespace([1]) == SimpleNamespace(x=1, unused=None)
+
+
+# Descriptors
+
+
+def described_plan(offset=0, shape=(32, 64), **facts):
+    def plan(inputs, outputs, attrs, device):
+        x = inputs.x
+        start = Tensor(x.dtype, x.shape, x.strides, x.aligned, x.place, x.index, offset=offset * x.shape[0])
+        rows = Descriptor(start, (x.shape[0] - 1, x.shape[1]), x.strides, (16, 64))
+        return [Launch(described_kernel, (1,), {"x_desc": rows, "none_desc": None, "n": x.shape[0]})]
+
+    op = Op("described", 1, (Input("x"),), (Output("y"),), (), {"T": ("float16",)}, infer, plan)
+    return make_plan(op, [Tensor("float16", shape, (64, 1), **facts)], SimpleNamespace(), HOPPER, (True,))
+
+
+@triton.jit
+def described_kernel(x_desc, none_desc, n):
+    pass
+
+
+def test_a_descriptor_is_followed_by_its_shape_and_strides():
+    plan = described_plan(offset=4)
+    (launch,) = plan.launches
+    assert [param.type for param in launch.params] == ["tensordesc<fp16[16, 64]>", "i32", "i32", "i64", "i64", "i32"]
+    assert [param.rank for param in launch.params] == [2, 0, 0, 0, 0, 0]
+    assert launch.constexprs["none_desc"] is None
+    assert plan.evaluate((32, 64, 64, 1)).launches == (((1, 1, 1), (128, 31, 64, 64, 1, 32)),)
+    assert plan.evaluate((40, 64, 64, 1)).launches == (((1, 1, 1), (160, 39, 64, 64, 1, 40)),)
+    assert not plan.holds((33, 64, 64, 1)), "its offset would be no multiple of 16 bytes"
+
+
+def test_a_descriptor_of_what_starts_anywhere_is_refused():
+    with pytest.raises(ValueError, match="described_kernel: x_desc describes a tensor that may start anywhere"):
+        described_plan(aligned=False)
+    with pytest.raises(ValueError, match="expected a multiple of 16 bytes"):
+        described_plan(offset=1, shape=(33, 64))

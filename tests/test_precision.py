@@ -1,11 +1,14 @@
 """Mixed precision as users have it: autocast, and optimize_model(dtype=...)."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from models import build, inputs, tensors
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import T5Config, T5EncoderModel
 
 import trimaran
@@ -136,6 +139,64 @@ def test_casts_that_cannot_be_written_out_are_the_dispatchers(monkeypatch):
         assert all(map(torch.equal, tensors(model(**call), call), expected))
     assert report.fallbacks == {"autocast's casts cannot be written out: Expected attn_mask dtype": 1}
     assert not report.replaced
+
+
+LIBRARY = torch.library.Library("test_precision", "DEF")
+LIBRARY.define("both(Tensor x) -> (Tensor, Tensor)")
+LIBRARY.impl("both", lambda x: (x @ x, x.softmax(-1)), "CompositeImplicitAutograd")
+
+
+def attend(x, half, mask):
+    """With queries and keys that are in half precision already, which attention casts to fp32 itself, and such a mask
+    that are not."""
+    return torch.nn.functional.scaled_dot_product_attention(half, half, half, attn_mask=mask)
+
+
+CALLS = {  # how many casts autocast makes, on either device
+    "attention": (attend, 1),
+    "attention in half precision": (lambda x, half, mask: attend(x, half, half), 0),
+    "attention in fp32": (lambda x, half, mask: attend(x, x, mask), 2),
+    "a product": (lambda x, half, mask: x @ half, 1),
+    "one made of products": (lambda x, half, mask: torch.einsum("bhij,bhkj->bhik", x, mask), 2),
+    "neither": (lambda x, half, mask: half + x.sin(), 0),
+    "integers": (lambda x, half, mask: (x @ half).argmax(-1), 1),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", CALLS)
+def test_casts_are_those_of_the_dispatcher(name, device):
+    """On fake tensors, which need no such device."""
+    function, count = CALLS[name]
+    with FakeTensorMode(), autocast_on(device):
+        x, half, mask = (torch.empty(2, 3, 8, 8, device=device, dtype=d) for d in (None, torch.bfloat16, None))
+        graph = make_fx(function, pre_dispatch=True)(x, half, mask)
+        expected = function(x, half, mask)
+        autocast.explicit_casts(graph, lambda node: False)
+        graph.recompile()
+        ours = autocast.without(graph.forward)(x, half, mask)
+    casts = [node for node in graph.graph.nodes if node.target is torch.ops.aten.to.dtype]
+    assert (ours.dtype, len(casts)) == (expected.dtype, count), graph.code
+
+
+def test_a_call_that_is_cast_in_pieces():
+    with FakeTensorMode(), autocast_on("cpu"):
+        graph = make_fx(torch.ops.test_precision.both, pre_dispatch=True)(torch.empty(8, 8))
+        with pytest.raises(RuntimeError, match=r"test_precision.both.default gives torch.bfloat16, torch.float32 by"):
+            autocast.explicit_casts(graph, lambda node: False)
+
+
+@contextlib.contextmanager
+def autocast_on(device):
+    """As torch.autocast(device) does where there is such a device."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
 
 
 @pytest.mark.parametrize("outside", [False, True])

@@ -53,6 +53,21 @@ def test_what_is_left_alone_comes_with_the_reason_and_the_line():
     assert re.search(rf"Unusual: replaced nothing; .*\n  left alone: attention at .*: {reason}\n.*{line}", str(report))
 
 
+def test_a_rule_that_fails_leaves_the_model_as_it_was():
+    def wrong(graph, node, match):
+        graph.erase_node(node)
+
+    rule = trimaran.Rule("wrong", (torch.ops.aten.layer_norm.default,), lambda node: node, wrong)
+    model, x = nn.LayerNorm(8).eval(), torch.randn(2, 8)
+    with torch.no_grad():
+        expected = model(x)
+    report = trimaran.optimize_model(model, rules=(rule,))
+    with pytest.warns(UserWarning, match="LayerNorm runs without the kernels: a rule failed, RuntimeError"):
+        assert torch.equal(model(x), expected)
+    assert [reason[:28] for reason in report.fallbacks] == ["a rule failed, RuntimeError:"]
+    assert not report.graphs
+
+
 class Breaking(nn.Module):
     def __init__(self):
         super().__init__()

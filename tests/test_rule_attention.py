@@ -66,6 +66,35 @@ def test_half_precision_with_an_fp32_softmax():
     assert_found(attend, *(t.bfloat16() for t in (Q, K, V)), op="attention", tolerance=0.05, scale=1.0)
 
 
+WIDE = {  # products in fp32 of what is in half precision: the op's own
+    "cast": lambda q, k, v: (q.float() @ k.float().mT).softmax(-1).to(v.dtype) @ v,
+    "scaled": lambda q, k, v: (q.float() * 0.5 @ (k.float() / 0.5).mT).softmax(-1).to(v.dtype) @ v,
+    "viewed": lambda q, k, v: (q.mT.float().mT @ k.float().mT).softmax(-1).to(v.dtype) @ v,
+    "large": lambda q, k, v: (((q * 900).float() @ (k * 900).float().mT) / 900**2).softmax(-1).to(v.dtype) @ v,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", WIDE)
+def test_half_precision_with_fp32_scores(name, dtype):
+    tolerance = 0.005 if dtype == torch.float16 else 0.03
+    found = assert_found(WIDE[name], *(t.to(dtype) for t in (Q, K, V)), op="attention", tolerance=tolerance)
+    assert found[1]["scale"] == pytest.approx(1 / 900 if name == "large" else 1.0)
+
+
+NOT_WIDE = {
+    "queries": lambda q, k, v: (q.float() @ k.bfloat16().float().mT).softmax(-1).to(v.dtype) @ v,
+    "neither": lambda q, k, v: (q.float().sin() @ k.float().mT).softmax(-1).to(v.dtype) @ v,
+    "rounded": lambda q, k, v: (q.bfloat16().float() @ k.float().mT).softmax(-1).to(v.dtype) @ v,
+}
+
+
+@pytest.mark.parametrize("name", NOT_WIDE)
+def test_fp32_scores_of_something_else(name):
+    half = [t.half() for t in (Q, K, V)]
+    assert_left(NOT_WIDE[name], *half, op="attention", reason="q and k are float32 and v is not")
+
+
 @pytest.mark.parametrize("repeat", ["expand", "repeat_interleave"])
 @pytest.mark.parametrize("written_out", [False, True])
 def test_grouped_heads_are_not_repeated(repeat, written_out):
@@ -111,13 +140,6 @@ def test_attention_spelt_otherwise(name):
     assert_found(SPELT_OTHERWISE[name], Q, K, V, op="attention", tolerance=1e-4, scale=1.0)
 
 
-def written_between(q, k, v):
-    v = v + 1
-    p = (q @ k.mT).softmax(-1)
-    v[0].mul_(2)
-    return p @ v
-
-
 def used_twice(q, k, v):
     p = (q @ k.mT).softmax(-1)
     return p @ v, p
@@ -158,7 +180,6 @@ NO_ATTENTION = {
     "values of another dtype": (lambda q, k, v: weights(q @ k.mT, v.double(), dtype=torch.float64), "v is float64"),
     "a capped mask": (lambda q, k, v: weights(torch.tanh((q @ k.mT).masked_fill(~CAUSAL, -1e9)) * 2, v),
                       "before they are capped"),
-    "written before the product": (written_between, "v is written into before"),
     "scaled by a tensor": (lambda q, k, v: torch.bmm((q[0] @ k[0].mT * k.sum()).softmax(-1), v[0]),
                             "no product of queries and keys"),
     "through something else": (lambda q, k, v: (q @ k.mT).softmax(-1).relu() @ v, "go through aten.relu.default"),

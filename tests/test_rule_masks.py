@@ -25,11 +25,16 @@ MASKED = {
     "added": (lambda s: s + torch.where(SEEN[:, None, None], 0.0, LOWEST), ["key_mask"], "mean"),
     "added with a bias": (
         lambda s: s + torch.where(SEEN[:, None, None], BIAS, LOWEST), ["bias", "key_mask"], "mean"),
+    "added, not far": (lambda s: s + torch.where(SEEN[:, None, None], 0.0, -1e4), ["bias"], "zero"),
     "bias": (lambda s: s + BIAS, ["bias"], "zero"),
     "two biases": (lambda s: s + BIAS - BIAS.exp(), ["bias"], "zero"),
     "subtracted": (lambda s: s - BIAS, ["bias"], "zero"),
     "neither by key nor a window": (lambda s: s.masked_fill(BIAS[:, :1] > 1, -INF), ["bias"], "zero"),
     "zeros": (lambda s: s + torch.zeros(5, 6), [], "zero"),
+    "by query": (lambda s: s + BIAS[..., :1], ["bias"], "zero"),
+    "filled by query": (lambda s: s.masked_fill(BIAS[..., :1] > 0, -1e9), ["bias"], "mean"),
+    "a subtracted triangle": (lambda s: s - torch.full((5, 6), 9.0).triu(2), ["bias"], "zero"),
+    "a triangle not far": (lambda s: s + torch.full((5, 6), -2e4).triu(2), ["bias"], "zero"),
     "inverted floats": (
         lambda s: s + (1 - SEEN.float()[:, None, None]) * -1e9, ["bias"], "zero"),
 }  # fmt: skip
@@ -86,6 +91,7 @@ CONDITIONS = {
     "not from the query": (lambda: j() >= i() + 2, "bias"),
     "from the query": (lambda: j() >= i() + 1, {"window_left": 0}),
     "steep": (lambda: j() + j() <= i(), "bias"),
+    "wrapping": (lambda: j().to(torch.uint8) - 3 <= i().to(torch.uint8), "bias"),
     "both grow": (lambda: j() + i() <= 6, "bias"),
     "products": (lambda: j() * 1 * j() <= i(), "bias"),
     "scaled sum": (lambda: torch.add(j(), i(), alpha=-1) <= 1, "bias"),
@@ -153,18 +159,57 @@ def test_conditions_on_positions(name):
     assert inputs == ([form] if isinstance(form, str) else [])
 
 
-@pytest.mark.parametrize("row", ["zero", "mean"])
-def test_a_row_without_keys_gives_what_it_gave(row):
-    nothing = torch.zeros(2, 1, 1, 6).bool()
+def nothing(k):
+    """A mask [B, 1, 1, Sk] that hides all keys, of which nothing is known."""
+    return (k[:, :1, :, 0] > 9)[:, :, None]
 
-    def zero(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=nothing & (k[:, :1, :, 0] < 9)[:, :, None])
 
-    def mean(q, k, v):
-        return weights((q @ k.mT).masked_fill(~(nothing & (k[:, :1, :, 0] < 9)[:, :, None]), -1e9), v)
+def either(x, low):
+    return torch.where(x[:, :1, None, :, 0] > 0, 0.0, low)
 
-    found = assert_found({"zero": zero, "mean": mean}[row], Q, K, V, op="attention", masked_row=row)
-    assert "key_mask" in found[2]
+
+WITHOUT_KEYS = {  # which row is given, and by which inputs of the op
+    "bool": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=nothing(k)), "zero", "key_mask"),
+    "filled": (lambda q, k, v: weights((q @ k.mT).masked_fill(~nothing(k), -1e9), v), "mean", "key_mask"),
+    "filled, not far": (lambda q, k, v: weights((q @ k.mT).masked_fill(~nothing(k), -1e4), v), "mean", "key_mask"),
+    "added": (lambda q, k, v: weights(q @ k.mT + torch.where(nothing(k), 0.0, LOWEST), v), "mean", "key_mask"),
+    "added, not far": (lambda q, k, v: weights(q @ k.mT + torch.where(nothing(k), 0.0, -1e4), v), "zero", "bias"),
+    "by either of two": (
+        lambda q, k, v: weights(q @ k.mT + either(k, LOWEST / 2) + either(-k, LOWEST / 2), v), "zero", "bias"),
+    "filled twice": (lambda q, k, v: weights((q @ k.mT).masked_fill(k[:, :1, None, :, 0] > 0, -1e9).masked_fill(
+        k[:, :1, None, :, 0] <= 0, -1e9), v), "mean", "key_mask"),
+    "sdpa's, lowest": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.where(nothing(k), 0.0, LOWEST)),
+        "mean", "key_mask"),
+    "sdpa's, not far": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.where(nothing(k), 0.0, -1e4)),
+        "zero", "bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_KEYS)
+def test_a_row_without_keys_gives_what_it_gave(name):
+    function, row, given = WITHOUT_KEYS[name]
+    found = assert_found(function, Q, K, V, op="attention", tolerance=2e-3, masked_row=row)
+    assert given in found[2]
+
+
+DIFFERENT = {  # a row without keys would be no mean of all
+    "filled with two numbers": (
+        lambda s: s.masked_fill(~SEEN[:, None, None], -1e9).masked_fill(SEEN[:, None, None], -2e9),
+        "masked with different numbers"),
+    "filled, and taken away": (
+        lambda s: s.masked_fill(~SEEN[:, None, None], -1e9).masked_fill(SEEN[:, None, None], -INF),
+        "masked with different numbers"),
+    "filled, then added to": (lambda s: s.masked_fill(~SEEN[:, None, None], -2e4) + BIAS, "with different numbers"),
+    "scaled back": (lambda s: s.masked_fill(~SEEN[:, None, None], -1e9) / 1e8, "become -10.0, which does not hide"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_masks_that_do_not_agree(name):
+    mask, reason = DIFFERENT[name]
+    assert_left(lambda q, k, v: weights(mask(q @ k.mT), v), Q, K, V, op="attention", reason=reason)
 
 
 SEEN_BY_KEY = SEEN[:, None, None]

@@ -23,6 +23,18 @@ def then_written(function):
     return run
 
 
+def written_after(function):
+    """What is a copy of its input stays one where somebody writes into that."""
+
+    def run(x, y):
+        x = x.sin()
+        z = function(x)
+        x[0].mul_(2)
+        return x.sum() + z
+
+    return run
+
+
 def added_in_place(x, y):
     x = x.sin()
     x += y
@@ -43,8 +55,20 @@ def added_to_a_view(x, y):
 def added_while_used(x, y):
     x = x.sin()
     z = x.cos()
+    w = x.add_(y)
+    return x + z * w
+
+
+def added_while_seen(x, y):
+    x = x.sin()
+    first = x[0]
     x.add_(y)
-    return x + z
+    return x + first
+
+
+def added_and_cast(x, y):
+    x = x.sin()
+    return x.add_(y.double()) + x
 
 
 def written_between(x, y):
@@ -78,6 +102,8 @@ CASES = {
     "another order of memory": (
         lambda x, y: x.mT.sin().to(torch.float32, memory_format=torch.contiguous_format, copy=True), {"to": 1}),
     "a copy, then written": (then_written(lambda x: x.to(torch.float32, copy=True)), {"to": 1}),
+    "a copy of what is written": (written_after(lambda x: x.to(torch.float32, copy=True)), {"to": 1}),
+    "copied there and back": (written_after(lambda x: x.mT.reshape(2, 12).reshape(2, 4, 3)), {"reshape": 2}),
     "there and back": (lambda x, y: x.transpose(0, 1).transpose(1, 0).sin(), {"transpose": 0}),
     "there and elsewhere": (lambda x, y: x.transpose(0, 1).transpose(1, 2).sin(), {"transpose": 2}),
     "same shape": (lambda x, y: x.view(2, 3, 4).sin() + y.flatten(1).view(2, 3, 4), {"view": 0, "flatten": 0}),
@@ -91,7 +117,9 @@ CASES = {
     "in place": (added_in_place, {"add": 1, "add_": 0}),
     "into an input": (added_to_an_input, {"add_": 1}),
     "into a view": (added_to_a_view, {"add_": 1}),
-    "into what was used": (added_while_used, {"add_": 1}),
+    "into what was used": (added_while_used, {"add_": 0}),
+    "into what a view shows": (added_while_seen, {"add_": 1}),
+    "in place, of another dtype": (added_and_cast, {"add_": 1}),
     "twice": (lambda x, y: x.sin() + x.sin() + y.sin(), {"sin": 2}),
     "twice, written between": (written_between, {"sin": 2}),
     "numbers of two types": (lambda x, y: (x.sin() * 2, x.sin() * 2.0), {"mul": 2, "sin": 1}),

@@ -1,6 +1,7 @@
 """`trimaran check-kernels`: the variants run, a difference is seen, a sanitizer's report is read right."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from trimaran.benchmarks import soundness
 from trimaran.cli import app
-from trimaran.kernels import attention, attention_hopper, gated_linear, linear_plan
+from trimaran.kernels import attention, gated_linear, linear_configs
 from trimaran.kernels.catalog import OPS
 from trimaran.kernels.configs import lookup
 from trimaran.kernels.contract import Device
@@ -49,18 +50,20 @@ def test_ops_can_be_chosen():
 
 
 def test_every_row_of_linears_tables_has_a_variant(monkeypatch):
-    chosen = []
+    chosen, soonest = [], linear_configs.soonest
 
-    def recorded(table, **facts):
-        chosen.append(lookup(table, **facts))
+    def recorded(choose, *given, **facts):
+        chosen.append(choose(*given, **facts))
         return chosen[-1]
 
-    for module in (linear_plan, gated_linear):
-        monkeypatch.setattr(module, "lookup", recorded)
+    for module in (linear_configs, gated_linear):
+        monkeypatch.setattr(module, "lookup", partial(recorded, lookup))
+    monkeypatch.setattr(linear_configs, "soonest", partial(recorded, soonest))
     for _, call in soundness._linears(torch.device("cpu"), torch.float16):
         plan_of(OPS[call.func.__name__], call.keywords)
-    for row in (*linear_plan.HOPPER, *gated_linear.HOPPER, *CONFIGS):
-        assert any(config is row[1] for config in chosen), row
+    rows = [config for _, config in (*linear_configs.HOPPER, *gated_linear.HOPPER, *CONFIGS)]
+    for row in (*rows, *(tile.config for tile in linear_configs.TILES)):
+        assert any(config is row for config in chosen), row
 
 
 def plan_of(op, given):
@@ -86,13 +89,14 @@ def test_findings_and_their_places():
     assert found[1][0] == "Invalid __global__ read of size 2 bytes"
 
 
-def test_only_the_making_of_descriptors_is_explained():
+def test_only_the_making_of_descriptors_is_explained(tmp_path, monkeypatch):
     plain = line_of(attention, "tl.make_tensor_descriptor")
-    first = line_of(attention_hopper, "tma.make_tensor_descriptor")
     assert soundness.makes_descriptor(f"attention.py:{plain}")
-    assert soundness.makes_descriptor(f"attention_hopper.py:{first + 3}"), "its arguments stand on lines of their own"
-    assert not soundness.makes_descriptor(f"attention_hopper.py:{first - 1}")
     assert not soundness.makes_descriptor(f"attention.py:{plain + 5}")
+    (tmp_path / "wide.py").write_text("x = 1\ny = tl.make_tensor_descriptor(\n    x,\n    [1],\n)\n")
+    monkeypatch.setattr(soundness.kernels, "__file__", str(tmp_path / "catalog.py"))
+    assert soundness.makes_descriptor("wide.py:4"), "its arguments stand on lines of their own"
+    assert not soundness.makes_descriptor("wide.py:1")
 
 
 def test_sanitizers_have_names():

@@ -8,7 +8,7 @@ autocast off. Which they are is asked of the dispatcher itself, call by call.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trimaran.torch_path.graph import aten, base, call, value, written
 
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
 
 
@@ -90,21 +91,46 @@ def _is_half(node: Node) -> bool:
 
 
 def _casts(node: Node) -> dict[Node, torch.dtype]:
-    """The dtypes that autocast casts tensors to before it makes the call."""
+    """The dtypes that autocast casts tensors to before it makes the call: such that the call with autocast off gives
+    what is of the same dtype. RuntimeError where there are none.
+
+    What is seen first may be the call's own casts (scaled_dot_product_attention's, in half precision, to fp32), or none
+    where the call is made of others that autocast knows (einsum's products); there it casts all to its dtype."""
     seen = _Seen()
-    _run(node, seen)
-    return {n: seen.casts[id(value(n))] for n in node.all_input_nodes if id(value(n)) in seen.casts}
+    wanted = _dtypes(_run(node, seen))
+    inputs = [n for n in node.all_input_nodes if isinstance(value(n), torch.Tensor)]
+    noted = {n: seen.casts[id(value(n))] for n in inputs if id(value(n)) in seen.casts}
+    low = {n: _autocast_dtype(value(n)) for n in inputs if value(n).dtype in _FLOATS}
+    for casts in (noted, {n: dtype for n, dtype in low.items() if dtype not in (None, value(n).dtype)}):
+        with contextlib.suppress(RuntimeError), torch._C._DisableAutocast():
+            if _dtypes(_run(node, casts=casts)) == wanted:
+                return casts
+    raise RuntimeError(f"{node.target} gives {', '.join(map(str, wanted))} by none that are known")
 
 
-def _run(node: Node, within: Any = None) -> Any:
-    """The call on the fake values of its arguments, within a dispatch mode."""
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    fakes = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+def _autocast_dtype(tensor: torch.Tensor) -> Any:
+    """That of the tensor's device, None where autocast is off."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _dtypes(result: Any) -> list[torch.dtype]:
+    leaves = torch.utils._pytree.tree_leaves(result)
+    return [leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _run(node: Node, within: Any = None, casts: Mapping[Node, torch.dtype] | None = None) -> Any:
+    """The call on the fake values of its arguments, some of them cast before, within a dispatch mode."""
+    values = [n.meta["val"] for n in node.all_input_nodes]
+    fakes = [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, FakeTensor)]
     target: Any = node.target
     if not fakes:
         return node.meta.get("val")
-    with fakes[0].fake_mode, within or contextlib.nullcontext():
-        return target(*args, **kwargs)
+    with fakes[0].fake_mode:
+        cast = {n: n.meta["val"].to(dtype) for n, dtype in (casts or {}).items()}
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: cast.get(n, n.meta["val"]))
+        with within or contextlib.nullcontext():
+            return target(*args, **kwargs)
 
 
 class _Seen(TorchDispatchMode):

@@ -2,6 +2,9 @@
 
 Every node that a rule sees carries `meta["val"]`, a fake tensor (or SymInt) with its dtype, device and, possibly
 symbolic, shape. Nodes made through `call` get theirs by running the operator on the fake tensors of its arguments.
+
+Captured graphs are not functional. What rules look at, they look at through `called`, which sees no call that reads or
+gives memory that is written into later: all that they do see may be computed later, or elsewhere, as well.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, is_fake
@@ -16,6 +20,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 aten = torch.ops.aten
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other)
 _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
@@ -88,6 +93,12 @@ def part_of(node: Any) -> Part | None:
 
 
 def called(node: Any, *targets: Any) -> bool:
+    """A call of one of these, which reads and gives what nothing writes into later."""
+    return is_call(node, *targets) and settled(node)
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """A call of one of these: enough for what is replaced where it stands, or only looked at."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
@@ -140,11 +151,34 @@ def base(node: Node) -> Node:
             node = node.args[0]  # type: ignore[assignment]
         elif isinstance(node.target, torch._ops.OpOverload) and node.args and isinstance(node.args[0], Node):
             first, source = node.target._schema.arguments[0], node.args[0]
-            if first.alias_info is None or (is_tensor(node) and value(node).dtype != value(source).dtype):
+            cast = node.target in _CASTS and value(node).dtype != value(source).dtype
+            if first.alias_info is None or cast:
                 return node
             node = source
         else:
             return node
+
+
+_WRITES: WeakKeyDictionary[Graph, list[Node]] = WeakKeyDictionary()
+
+
+def note_writes(graph: Graph) -> None:
+    """Find what writes into memory, for `settled`; calls that are made after that must not."""
+    _WRITES[graph] = [node for node in graph.nodes if _into(node)]
+
+
+def _into(node: Node) -> list[Node]:
+    """What a call writes into; all that a higher-order one is given, since nothing says what that is."""
+    return node.all_input_nodes if isinstance(node.target, torch._ops.HigherOrderOperator) else written(node)
+
+
+def settled(node: Node) -> bool:
+    """Whether nothing writes later into the memory that a call reads, or into that of its result."""
+    later = [write for write in _WRITES.get(node.graph, ()) if not write._erased and node < write]
+    if not later:
+        return True
+    memory = {base(n) for n in (node, *node.all_input_nodes)}
+    return not any(base(tensor) in memory for write in later for tensor in _into(write))
 
 
 def mutation_between(source: Node, first: Node, last: Node) -> Node | None:
@@ -178,9 +212,11 @@ def _constant(node: Any) -> Any:
     if not isinstance(node, Node):
         return node
     if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):  # what torch.tensor(3) becomes
-        held = getattr(node.graph.owning_module, str(node.target), None)
+        held = getattr(node.graph.owning_module, str(node.target), None) if settled(node) else None
         return held if isinstance(held, torch.Tensor) and held.numel() == 1 and not is_fake(held) else None
     if not isinstance(node.target, torch._ops.OpOverload) or node.all_input_nodes == [] or len(node.args) > 2:
+        return None
+    if node.target._schema.is_mutable or not settled(node):
         return None
     args = [_constant(arg) for arg in node.args]
     return None if any(arg is None for arg in args) else node.target(*args, **node.kwargs)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from trimaran.torch_path.graph import aten, called
+from trimaran.torch_path.graph import aten, base, called, written
 
 
 class SideCopies:
@@ -38,7 +38,10 @@ def side_copies(module: GraphModule, parameters: list[int]) -> SideCopies:
     """Let the graph take the casts of these inputs as further inputs, made once."""
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     casts: list[tuple[int, torch.dtype]] = []
+    memory = {base(tensor) for node in module.graph.nodes for tensor in written(node)}
     for place in parameters:
+        if inputs[place] in memory:  # the model itself writes into it
+            continue
         for node in list(inputs[place].users):
             if not called(node, aten.to.dtype) or len(node.args) != 2 or node.kwargs:
                 continue

@@ -8,6 +8,7 @@ see what changes in the model afterwards: attributes, hooks, parameters and subm
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -246,7 +247,13 @@ class OptimizedCall:
                 self.report.fallbacks[f"autocast's casts cannot be written out: {error}"] += 1
                 return Replayed(self.graphs, module.forward, SideCopies([]), "autocast casts in it")
         with torch._C._DisableAutocast():  # its casts are in the graph by now
-            self.report.graphs.append(rewrite(graph, self.rules))
+            try:
+                self.report.graphs.append(rewrite(graph, self.rules))
+            except Exception as error:  # a rule is wrong: the model is not
+                reason = f"a rule failed, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                warnings.warn(f"{self.report.model} runs without the kernels: {reason}", stacklevel=2)
+                self.report.fallbacks[reason] += 1
+                return Replayed(self.graphs, module.forward, SideCopies([]), reason)
         halves = SideCopies([])
         if self.dtype is not None:
             halves = side_copies(graph, [i for i, given in enumerate(example_inputs) if isinstance(given, Parameter)])

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from trimaran.torch_path.graph import source_line
+from trimaran.torch_path.graph import aten, settled, source_line
 from trimaran.torch_path.ops import TORCH_OPS
 from trimaran.torch_path.report import GraphReport, NearMiss
 from trimaran.torch_path.rules import linear
@@ -51,6 +51,11 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+# What is replaced where it stands; everything else is read together with what follows it.
+_IN_PLACE = (aten.scaled_dot_product_attention.default, aten.layer_norm.default, aten.rms_norm.default,
+             aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)  # fmt: skip
+
+
 def rewrite(module: GraphModule, rules: Sequence[Rule] = RULES) -> GraphReport:
     """Apply the rules to a pre-dispatch ATen graph, in place, and say what was replaced and what was not."""
     report = GraphReport()
@@ -77,6 +82,8 @@ def apply(rule: Rule, graph: Graph) -> list[NearMiss]:
         if node._erased:  # went with an earlier match
             continue
         match = rule.check(node)
+        if match is not None and node.target not in _IN_PLACE and not settled(node):
+            match = "what it reads, or its result, is written into later"
         if isinstance(match, str):
             misses.append(NearMiss(rule.name, node.name, match, source_line(node)))
         elif match is not None:

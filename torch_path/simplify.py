@@ -1,7 +1,7 @@
 """A smaller dialect for rules to read: what does nothing is removed, one thing is spelt one way, equal things are one.
 
-Graphs that Dynamo captures are not functional. An in-place operation on a value that nobody else sees becomes the plain
-one; others stay, and nothing that touches the memory they write is moved or merged.
+Graphs that Dynamo captures are not functional. An in-place operation on a whole value becomes the plain one where no
+view of the value is used after it; others stay, and nothing that touches the memory they write is moved or merged.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from trimaran.torch_path.graph import (
     call,
     called,
     is_tensor,
+    note_writes,
     replace,
     same,
     same_shape,
+    settled,
     value,
     written,
 )
@@ -38,6 +40,7 @@ def simplify(graph: Graph) -> None:
     changed = True
     while changed:
         changed = False
+        note_writes(graph)
         for node in list(graph.nodes):
             plain = _equivalent(node) or _respelt(graph, node)
             if plain is not None:
@@ -130,12 +133,12 @@ def _cast_below(graph: Graph, node: Node) -> Node | None:
 
 
 def _functional(graph: Graph, node: Node) -> Node | None:
-    """`x += y` on a fresh x that nobody else uses is `x + y`."""
+    """`x += y` on a fresh x is `x + y`, and x is that from there on."""
     into = written(node)
     if len(into) != 1 or into[0] is not node.args[0] or not node.target._schema.name.endswith("_"):  # type: ignore[union-attr]
         return None
     x = into[0]
-    if x.op != "call_function" or base(x) is not x or set(x.users) != {node}:
+    if x.op != "call_function" or base(x) is not x or _seen_through(x, node):
         return None
     target: Any = node.target
     packet = getattr(aten, target._schema.name.removeprefix("aten::")[:-1], None)
@@ -143,13 +146,22 @@ def _functional(graph: Graph, node: Node) -> Node | None:
         return None
     plain = call(graph, getattr(packet, target._overloadname), *node.args, **node.kwargs)
     if value(plain).dtype == value(node).dtype and same_shape(value(plain).shape, value(node).shape):
+        x.replace_all_uses_with(plain, delete_user_cb=lambda user: user > node)
         return plain
     graph.erase_node(plain)
     return None
 
 
+def _seen_through(x: Node, write: Node) -> bool:
+    """Whether a view of x from before the write is used after it."""
+    views = [n for n in x.graph.nodes if n is not x and n < write and base(n) is x]
+    return any(user > write for view in views for user in view.users)
+
+
 def _equivalent(node: Node) -> Node | None:
     """An earlier node with the same value, or None."""
+    if not settled(node):  # it may be a copy of what is written into
+        return None
     for rule in (_no_dropout, _alias, _nothing_done, _whole_slice, _joined_with_nothing, _same_cast, _double_transpose,
                  _undone_reshape, _contiguous_already):  # fmt: skip
         found = rule(node)

@@ -242,31 +242,96 @@ def bench_nodes(
         raise typer.Exit(1)
 
 
-@app.command()
-def bench_models(
-    engines: Annotated[list[str] | None, typer.Argument(help="Engines by name; all of them if none.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, and slow engines in fewer cases.")] = False,
-    out: Annotated[Path, typer.Option(help="The folder for models.json and models.png.")] = Path("build/bench-models"),
+class RunsByDefault(typer.core.TyperGroup):
+    """`trimaran bench MODEL` is `trimaran bench run MODEL`."""
+
+    def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
+        if arguments and arguments[0] not in (*self.commands, "--help"):
+            arguments = ["run", *arguments]
+        return super().parse_args(context, arguments)
+
+
+bench = typer.Typer(cls=RunsByDefault, no_args_is_help=True)
+app.add_typer(bench, name="bench", help="Measure models by every engine, side by side, or compare two such results.")
+
+
+@bench.command("run")
+def bench_run(
+    models: Annotated[list[str], typer.Argument(help="Presets, folders that transformers loads, or ONNX files.")],
+    batch: Annotated[str, typer.Option(help="Batches, as 1,8,32; crossed with --seq.")] = "",
+    seq: Annotated[str, typer.Option(help="Lengths, as 128,512.")] = "",
+    shapes: Annotated[str, typer.Option(help="Single shapes, as 1x16,32x512.")] = "",
+    engines: Annotated[str, typer.Option(help="Groups or parts of names, as trimaran,onnxruntime; all if none.")] = "",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32; float16 on a GPU unless given.")] = "",
+    lengths: Annotated[str, typer.Option(help="dense, uniform, lee; dense,uniform unless given.")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each engine is timed in a case, at most.")] = 30,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds for each model; what does not fit is listed.")] = 0,
+    cold: Annotated[bool, typer.Option("--cold", help="Also the first output of a new process.")] = False,
+    open_loop: Annotated[float, typer.Option(min=0, help="Seconds of requests by chance for each engine.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder for <model>.json, .csv, .png, .svg, .html.")] = Path(
+        "build/bench"
+    ),
     as_json: Json = False,
 ) -> None:
-    """Measure BERT-base by every engine, inputs and outputs on the GPU. Fails where one of ours could not be timed."""
-    from trimaran.benchmarks import models as job  # everything is imported here, and only here
+    """Measure models by every engine, side by side. Fails where one of ours could not be timed."""
+    from trimaran.benchmarks import bench as job  # everything is imported here, and only here
+    from trimaran.benchmarks import tables
 
-    console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
+    console, errors = Console(width=None if sys.stdout.isatty() else 140), Console(stderr=True)
+
+    def listed(text: str) -> list[str]:
+        return [part.strip() for part in text.split(",") if part.strip()]
+
+    def numbers(name: str, text: str) -> list[int]:
+        if not all(part.isdecimal() for part in listed(text)):
+            raise ValueError(f"{name} is {text!r}, expected numbers, as 1,8,32")
+        return [int(part) for part in listed(text)]
+
     try:
-        found = job.bench(quick, errors, engines or ())
+        pairs = [numbers("shapes", shape.replace("x", ",")) for shape in listed(shapes)]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"shapes is {shapes!r}, expected batches and lengths, as 1x16,32x512")
+        plans = [
+            job.plan_of(
+                model, dtype=dtype, batch=numbers("batch", batch), seq=numbers("seq", seq),
+                shapes=[(pair[0], pair[1]) for pair in pairs], lengths=listed(lengths), engines=listed(engines),
+                rounds=rounds, stream_s=open_loop,
+            )
+            for model in models
+        ]  # fmt: skip
     except ValueError as error:
-        errors.print(f"[red]{error}")
+        errors.print(str(error), style="red", markup=False)
         raise typer.Exit(2) from error
-    job.write(found, out)
+    failures = []
+    for number, plan in enumerate(plans):
+        found = job.bench(plan.starting_now(budget, idle=number == 0), out, errors, cold)
+        console.print(json.dumps(found.as_dict(), indent=2) if as_json else tables.report(found), markup=False)
+        failures += [f"{found.model}: {failure}" for failure in job.failures(found)]
+    for failure in failures:
+        errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+@bench.command("compare")
+def bench_compare(
+    old: Annotated[Path, typer.Argument(help="A result of trimaran bench.")],
+    new: Annotated[Path, typer.Argument(help="A later one of the same model.")],
+    as_json: Json = False,
+) -> None:
+    """Say what changed between two results beyond noise. Fails where one of ours became slower."""
+    from trimaran.benchmarks import changes
+
+    try:
+        found = changes.compare(old, new)
+    except (OSError, ValueError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False)
+        raise typer.Exit(2) from error
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(asdict(found), indent=2))
     else:
-        console.print(job.table(found))
-        console.print(f"{out / 'models.json'}, {out / 'models.png'}", highlight=False, soft_wrap=True)
-    if failures := job.failures(found):
-        for failure in failures:
-            errors.print(f"FAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(width=None if sys.stdout.isatty() else 140).print(changes.table(found))
+    if found.slower_ours():
         raise typer.Exit(1)
 
 

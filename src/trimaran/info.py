@@ -151,23 +151,23 @@ def _torch_build(torch: ModuleType) -> str:
 
 
 def _devices() -> tuple[tuple[Device, ...], str]:
-    driver, reason = _load("trimaran.kernels.driver")
-    if driver is None:
+    cuda, reason = _load("trimaran.kernels.cuda")
+    if cuda is None:
         return (), reason
     try:
         count = ctypes.c_int()
-        driver.call("cuDeviceGetCount", ctypes.byref(count))
-        devices = tuple(_device(driver, index) for index in range(count.value))
+        cuda.call("cuDeviceGetCount", ctypes.byref(count))
+        devices = tuple(_device(cuda, index) for index in range(count.value))
         return devices, "" if devices else "the CUDA driver sees no device"
     except Exception as error:
         return (), str(error)
 
 
-def _device(driver: Any, index: int) -> Device:
+def _device(cuda: Any, index: int) -> Device:
     handle, name = ctypes.c_int(), ctypes.create_string_buffer(256)
-    driver.call("cuDeviceGet", ctypes.byref(handle), index)
-    driver.call("cuDeviceGetName", name, len(name), handle)
-    return Device(index, name.value.decode(), divmod(driver.device(index).capability, 10))
+    cuda.call("cuDeviceGet", ctypes.byref(handle), index)
+    cuda.call("cuDeviceGetName", name, len(name), handle)
+    return Device(index, name.value.decode(), divmod(cuda.device(index).capability, 10))
 
 
 def _providers() -> tuple[tuple[str, ...], str]:

@@ -22,7 +22,6 @@ from trimaran.torch_path.graph import (
     called,
     dtype_of,
     is_tensor,
-    mutation_between,
     replace,
     same,
     same_shape,
@@ -42,7 +41,6 @@ _VIEWS = (*RESHAPES, aten.transpose.int, aten.unflatten.int, *_COPIES)
 class Attention:
     """What an attention is made of. q, k and v are terms [B, H or Hkv, S, D], or [B*H, S, D]."""
 
-    start: Node  # where q and k are read
     end: Node  # what is replaced
     q: Term
     k: Term
@@ -53,7 +51,7 @@ class Attention:
 
 
 def check_attention(node: Node) -> Attention | str | None:
-    return from_softmax(node) if called(node, aten.softmax.int) else from_sdpa(node)
+    return from_softmax(node) if node.target is aten.softmax.int else from_sdpa(node)
 
 
 def from_sdpa(node: Node) -> Attention | str:
@@ -69,8 +67,8 @@ def from_sdpa(node: Node) -> Attention | str:
         scale = value(q).shape[3] ** -0.5
     if not isinstance(scale, (int, float)):
         return "the scale is computed at run time"
-    reader = MaskReader(value(q).shape, value(k).shape[2])
-    problem = read_argument(reader, argument(node, 3, "attn_mask"), dtype_of(q))
+    reader = MaskReader(value(q).shape[:3], value(k).shape[2], value(q).dtype)
+    problem = read_argument(reader, argument(node, 3, "attn_mask"), q)  # type: ignore[arg-type]
     if problem is not None:
         return problem
     if is_causal:
@@ -80,14 +78,16 @@ def from_sdpa(node: Node) -> Attention | str:
     grouped = node.kwargs.get("enable_gqa", False) or value(k).shape[1] == value(v).shape[1] == 1
     if not grouped and not same(value(q).shape[1], value(k).shape[1]):
         return f"q has {value(q).shape[1]} heads and k {value(k).shape[1]}, without enable_gqa"
-    return with_operands(node, node, (q, k, v), float(scale), 0.0, reader.mask)
+    return with_operands(node, (q, k, v), float(scale), 0.0, reader.mask)
 
 
-def read_argument(reader: MaskReader, mask: Any, dtype: str) -> str | None:
+def read_argument(reader: MaskReader, mask: Any, q: Node) -> str | None:
     """Read sdpa's attn_mask."""
     if mask is None:
         return None
-    return reader.seen(Term(mask)) if value(mask).dtype == torch.bool else reader.added(Term(mask), dtype)
+    if value(mask).dtype == torch.bool:
+        return reader.seen(Term(mask))
+    return reader.added(Term(mask), dtype_of(q))
 
 
 def from_softmax(node: Node) -> Attention | str | None:
@@ -103,18 +103,28 @@ def from_softmax(node: Node) -> Attention | str | None:
     shape = value(node).shape
     if len(shape) not in (3, 4):
         return f"its scores have {len(shape)} dimensions, expected [B, H, Sq, Sk] or [B*H, Sq, Sk]"
-    reader = MaskReader((1, *shape) if len(shape) == 3 else shape, shape[-1])  # heads of a batch of one
+    rows = shape[:3] if len(shape) == 4 else (1, *shape[:2])  # heads of a batch of one
+    mask = read_terms(MaskReader(rows, shape[-1], value(scores.product).dtype), scores, v)
+    if mask is None:
+        mask = read_terms(MaskReader(rows, shape[-1], value(scores.product).dtype, splits=False), scores, v)
+    if not isinstance(mask, Mask):
+        return mask or "its scores are masked with different numbers"
+    sources = [split_heads(x, len(shape)) for x in (scores.q, scores.k, v)]
+    return with_operands(end, sources, scores.scale, scores.softcap, mask)
+
+
+def read_terms(reader: MaskReader, scores: Scores, v: Any) -> Mask | str | None:
+    """Read what is added to scores, or filled in; None where a row without keys would be no mean of all."""
     for term in scores.terms:
-        problem = reader.added(term, dtype_of(scores.q))
+        problem = reader.added(term, dtype_of(v))
         if problem is not None:
             return problem
     for term, fill in scores.seen:
-        reader.mask.finite |= fill != float("-inf")
+        reader.filled(fill)
         problem = reader.seen(term)
         if problem is not None:
             return problem
-    sources = [split_heads(x, len(shape)) for x in (scores.q, scores.k, v)]
-    return with_operands(scores.product, end, sources, scores.scale, scores.softcap, reader.mask)
+    return reader.mask if reader.consistent() else None
 
 
 def split_heads(node: Any, rank: int) -> Any:
@@ -126,17 +136,17 @@ def split_heads(node: Any, rank: int) -> Any:
     return source if split else node
 
 
-def with_operands(start: Node, end: Node, sources: Any, scale: float, softcap: float, mask: Mask) -> Attention | str:
+def with_operands(end: Node, sources: Any, scale: float, softcap: float, mask: Mask) -> Attention | str:
     """The match, or the reason why these are not operands of the op."""
     q, k, v = sources
     rank = value(q).dim() if is_tensor(q) else 0
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not is_tensor(x, rank=rank):
             return f"{name} has {value(x).dim()} dimensions and q {rank}"
-        if dtype_of(x) not in attention.types["T"] or dtype_of(x) != dtype_of(q):
+    wide = dtype_of(q) == dtype_of(k) == "float32" and dtype_of(v) in ("float16", "bfloat16")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if dtype_of(x) not in attention.types["T"] or (dtype_of(x) != dtype_of(q) and not wide):
             return f"{name} is {dtype_of(x)}, supported are {', '.join(attention.types['T'])}, all alike"
-        if mutation_between(x, start, end) is not None:
-            return f"{name} is written into before the weights are multiplied with v"
     problem = broadcast_of(value(q).shape, value(k).shape, value(v).shape)
     if problem is not None:
         return problem
@@ -150,7 +160,22 @@ def with_operands(start: Node, end: Node, sources: Any, scale: float, softcap: f
     if rank == 4 and same(value(narrow[0]).shape[1], value(narrow[1]).shape[1]):
         k, v = narrow
     (q, q_scale), (k, k_scale) = scaled_below(q, ()), scaled_below(k, k_cast)
-    return Attention(start, end, q, k, Term(v, v_cast), scale * q_scale * k_scale, softcap, mask)
+    if wide:
+        q, k = (before_fp32(term, dtype_of(v)) for term in (q, k))
+        if q is None or k is None:
+            return "q and k are float32 and v is not"
+    return Attention(end, q, k, Term(v, v_cast), scale * q_scale * k_scale, softcap, mask)
+
+
+def before_fp32(term: Term, dtype: str) -> Term | None:
+    """A tensor of this dtype before it was cast to fp32, in which the op multiplies queries and keys anyway (GPT-J);
+    None where it was not."""
+    casts = [view for view in term.views if called(view, *_CASTS)]
+    source, views = term.node, tuple(view for view in term.views if view not in casts)
+    while dtype_of(source) == "float32" and called(source, *_VIEWS, *_CASTS):
+        casts, views = ([*casts, source], views) if called(source, *_CASTS) else (casts, (source, *views))
+        source = source.args[0]  # type: ignore[assignment]
+    return Term(source, views) if dtype_of(source) == dtype and {*map(dtype_of, casts)} == {"float32"} else None
 
 
 def broadcast_of(q: Any, k: Any, v: Any) -> str | None:
@@ -183,7 +208,7 @@ def unrepeated(node: Node) -> Node:
     if not called(narrow, aten.unsqueeze.default) or narrow.args[1] != 2 or not is_tensor(wide, rank=5):  # type: ignore[union-attr]
         return node
     source: Node = narrow.args[0]  # type: ignore[union-attr, assignment]
-    merged = same_shape(value(node).shape[2:], value(source).shape[2:])
+    merged = all(same(value(node).shape[axis], value(source).shape[axis]) for axis in (0, 2, 3))
     return source if merged and is_tensor(source, rank=4) else node
 
 
@@ -221,7 +246,7 @@ def attend(graph: Graph, match: Attention) -> Node:
     q, k, v = (operand(graph, term) for term in (match.q, match.k, match.v))
     if value(q).dim() == 3:
         q, k, v = (call(graph, aten.unsqueeze.default, x, 0) for x in (q, k, v))
-    masks = (bias_input(graph, mask, q), *key_inputs(graph, mask, q))
+    masks = (bias_input(graph, mask, q, k), *key_inputs(graph, mask, q))
     attrs: dict[str, Any] = {
         "scale": match.scale,
         "causal": mask.right == 0,

@@ -35,7 +35,7 @@ class LayerNorm:
 
 
 def check_layer_norm(node: Node) -> LayerNorm | str | None:
-    match = _whole(node) if called(node, aten.layer_norm.default) else _written_out(node)
+    match = _whole(node) if node.target is aten.layer_norm.default else _written_out(node)
     if not isinstance(match, LayerNorm):
         return match
     tensors = (("x", match.x), ("weight", match.weight), ("bias", match.bias))

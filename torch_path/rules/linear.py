@@ -21,8 +21,8 @@ from trimaran.torch_path.graph import (
     call,
     called,
     dtype_of,
+    is_call,
     is_tensor,
-    mutation_between,
     read_later,
     replace,
     same,
@@ -31,7 +31,7 @@ from trimaran.torch_path.graph import (
 )
 from trimaran.torch_path.ops import TORCH_OPS
 from trimaran.torch_path.rules.activations import activation_of
-from trimaran.torch_path.rules.residual import item, only_user
+from trimaran.torch_path.rules.residual import item, known_before, only_user
 from trimaran.torch_path.rules.statistics import uncast, vector_of
 
 LINEAR = TORCH_OPS["linear"].overload
@@ -55,10 +55,10 @@ class Layer:
 
 
 def check_linear(node: Node) -> Layer | str | None:
-    if called(node, aten.linear.default):
+    if node.target is aten.linear.default:
         layer: Layer | None = _whole(node)
     else:
-        layer = _product(node) if called(node, *_PRODUCTS) else _written_out(node)
+        layer = _product(node) if node.target in _PRODUCTS else _written_out(node)
     if layer is None or read_later(node, layer.end):
         return None
     if not is_tensor(layer.weight, rank=2) or (layer.bias is not None and not is_tensor(layer.bias, rank=1)):
@@ -135,9 +135,8 @@ class Activated:
 
 def check_activation(node: Node) -> Activated | None:
     found = activation_of(node)
-    if found is None or not is_plain(found[1], *inside(node, found[1])) or read_later(found[1], node):
-        return None
-    return Activated(found[1], found[0])
+    plain = found is not None and is_plain(found[1], *inside(node, found[1]))
+    return Activated(found[1], found[0]) if plain else None  # type: ignore[index]
 
 
 def rewrite_activation(graph: Graph, node: Node, match: Activated) -> None:
@@ -164,10 +163,10 @@ def check_gated(node: Node) -> Gated | None:
         activation, gate = found
         users = inside(one, gate)  # type: ignore[arg-type]
         if is_plain(gate, *users) and is_plain(other, node) and _same_form(gate, other):  # type: ignore[arg-type]
-            return None if read_later(gate, node) else Gated(gate, other, activation)  # type: ignore[arg-type]
+            return Gated(gate, other, activation)  # type: ignore[arg-type]
         halves = _halves(gate, other)
         if halves is not None and {*gate.users} <= users and {*other.users} == {node}:  # type: ignore[union-attr]
-            return None if read_later(halves[0], node) else Gated(halves[0], None, activation, halves[1])
+            return Gated(halves[0], None, activation, halves[1])
     return None
 
 
@@ -209,9 +208,9 @@ def check_shared(node: Node) -> list[Node] | None:
         user for user in sorted(x.users)
         if is_plain(user, *user.users) and user.args[0] is x and user.kwargs == node.kwargs and siblings(node, user)
     ][:MOST_SHARED]  # fmt: skip
-    if len(group) < 2 or group[0] is not node or mutation_between(x, node, group[-1]) is not None:
+    if len(group) < 2 or group[0] is not node:
         return None
-    known = all(param is None or param < node for layer in group for param in layer.args[1:])
+    known = all(known_before(node, given, layer) for layer in group[1:] for given in layer.args)
     return group if known and all(isinstance(value(layer).shape[-1], int) for layer in group) else None
 
 
@@ -219,7 +218,7 @@ def counts_on_memory(layer: Node) -> bool:
     """Whether its rows must lie together: for an operator of somebody else's, and for as_strided."""
     if any(getattr(user.target, "namespace", "aten") not in ("aten", "prims", "trimaran") for user in layer.users):
         return True
-    return any(called(node, aten.as_strided.default) and base(node) is layer for node in layer.graph.nodes)
+    return any(is_call(node, aten.as_strided.default) and base(node) is layer for node in layer.graph.nodes)
 
 
 def siblings(one: Node, other: Node) -> bool:
@@ -244,7 +243,7 @@ def rewrite_shared(graph: Graph, node: Node, match: list[Node]) -> None:
         replace(layer, part)
         graph.erase_node(layer)
     for user in graph.nodes:  # rows are further apart now
-        if called(user, aten.view.default) and base(user) is wide:
+        if is_call(user, aten.view.default) and base(user) is wide:
             user.target = aten.reshape.default
 
 
@@ -259,10 +258,10 @@ def check_linear_norm(node: Node) -> Normed | None:
     params = 2 if node.target is NORM_ANCHORS[0] else 1
     x, residual = node.args[0], node.args[1 + params]
     for layer, other in ((x, residual), (residual, x)):
-        if is_plain(layer, node) and (other is None or is_tensor(other)) and not read_later(layer, node):  # type: ignore[arg-type]
+        if is_plain(layer, node) and (other is None or is_tensor(other)):
             return Normed(layer, other)  # type: ignore[arg-type]
     given: Any = node.args[1 : 1 + params]
-    known = isinstance(x, Node) and all(param is None or param < x for param in given)
+    known = isinstance(x, Node) and all(known_before(x, param, node) for param in given)
     return _mixed_sum(x, node) if residual is None and known else None  # type: ignore[arg-type]
 
 
@@ -270,11 +269,9 @@ def _mixed_sum(total: Node, norm: Node) -> Normed | None:
     """Of x W^T in half precision, and a residual in fp32: what autocast makes of layers between norms."""
     if not called(total, aten.add.Tensor, aten.to.dtype) or total.kwargs or dtype_of(total) != "float32":
         return None
-    if mutation_between(total, total, norm) is not None:
-        return None
     sides = total.args if called(total, aten.add.Tensor) else (total.args[0], None)
     for layer, other in (sides, sides[::-1]):
-        if not is_plain(layer, total) or dtype_of(layer) == "float32" or read_later(layer, total):  # type: ignore[arg-type]
+        if not is_plain(layer, total) or dtype_of(layer) == "float32":
             continue
         alike = is_tensor(other) and dtype_of(other) == "float32" and same_shape(value(other).shape, value(total).shape)
         if alike or (other is None and norm.args[1] is not None):  # something must say that y is fp32
@@ -312,7 +309,7 @@ def check_residual(node: Node) -> tuple[Node, Node] | None:
     if len(others) != 1 or not is_tensor(others[0]) or not same_shape(value(others[0]).shape, value(node).shape):
         return None
     alike = value(others[0]).dtype == value(node).dtype == value(total).dtype
-    return (total, others[0]) if alike and not read_later(node, total) else None  # type: ignore[arg-type, return-value]
+    return (total, others[0]) if alike else None  # type: ignore[return-value]
 
 
 def rewrite_residual(graph: Graph, node: Node, match: tuple[Node, Node]) -> None:

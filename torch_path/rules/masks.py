@@ -33,6 +33,7 @@ from trimaran.torch_path.lines import KEY, Bounds, Line
 from trimaran.torch_path.rules.positions import bounds_of, constant_of, line_of
 
 HIDES = -1e4  # a score that is so much lower than others has a weight of zero
+SCORES = 8.0  # what scores differ by
 _AND = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)
 _OR = (aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default)
 _NOT = (aten.bitwise_not.default, aten.logical_not.default)
@@ -73,16 +74,21 @@ class Mask:
     biases: list[Term] = field(default_factory=list)  # to be added
     left: int = -1  # the window, -1 where it is open
     right: int = -1
-    finite: bool = False  # hidden scores were lowered, not taken away: a row without keys is a mean
+    finite: bool = False  # hidden scores were lowered, not taken away: a row without keys is a mean of all
 
 
 class MaskReader:
     """Reads the masks of one attention with q [B, H, Sq, D] and k [B, _, Sk, D]."""
 
-    def __init__(self, q_shape: Any, keys: Any) -> None:
-        self.batch, self.heads, self.queries, _ = q_shape
-        self.length = keys
+    def __init__(self, rows: Any, keys: Any, scores: torch.dtype, splits: bool = True) -> None:
+        """rows: B, H, Sq. scores: their dtype. splits: whether finite numbers that hide the scores that they are added
+        to become masks."""
+        self.batch, self.heads, self.queries = rows
+        self.length, self.splits = keys, splits
+        self.forgetting = SCORES / torch.finfo(scores).eps  # nothing is left of a score to which so much is added
         self.mask = Mask()
+        self.lowered: list[float] = []  # by how much each mask lowers the scores that it hides
+        self.became: set[float] = set()  # what hidden scores become
 
     def seen(self, term: Term) -> str | None:
         """Add a bool condition under which keys are seen. A str is the reason why that cannot be."""
@@ -99,17 +105,18 @@ class MaskReader:
         return None
 
     def added(self, term: Term, dtype: str) -> str | None:
-        """Add a float tensor that is added to the scores. A str is the reason why that cannot be."""
+        """Add a float tensor, of the operands' dtype, to the scores. A str is the reason why that cannot be."""
         known = constant_of(term.node)
         if known is not None and known > HIDES:
             return None  # every score alike
         term = unwrapped(term)
         split = masked_value(term.node) if term.factor > 0 else None
-        if split is not None:
+        if split is not None and self.hides(split[2] * term.factor):
             condition, kept, fill, hides = split
-            self.mask.finite |= fill != float("-inf")
-            return self.seen(replace(term.of(condition), hidden=hides, factor=1.0)) or self.added(term.of(kept), dtype)
-        if called(term.node, aten.triu.default) and not term.views and self.upper_triangle(term.node):
+            self.lower(fill * term.factor)
+            seen = self.seen(replace(term.of(condition), hidden=hides, factor=1.0))
+            return seen or self.added(term.of(kept), dtype)
+        if called(term.node, aten.triu.default) and not term.views and self.upper_triangle(term):
             return None
         if dtype_of(term.node) != dtype:
             return f"the mask is {dtype_of(term.node)} and q is {dtype}"
@@ -118,13 +125,36 @@ class MaskReader:
         self.mask.biases.append(term)
         return None
 
-    def upper_triangle(self, node: Node) -> bool:
+    def hides(self, added: float) -> bool:
+        """Whether a score to which this is added is hidden, and forgotten, so that a row without keys is a mean."""
+        return (self.splits or added == float("-inf")) and -added > self.forgetting
+
+    def upper_triangle(self, term: Term) -> bool:
         """triu(full(-inf), d): seen is what it left at zero, up to key = query + d - 1"""
+        node = term.node
         fill = constant_of(node.args[0])
-        if fill is None or fill > HIDES or not self.window(Bounds(high=argument(node, 1, "diagonal", 0) - 1)):
+        if fill is None or not self.hides(fill * term.factor):
             return False
-        self.mask.finite |= fill != float("-inf")
+        if not self.window(Bounds(high=argument(node, 1, "diagonal", 0) - 1)):
+            return False
+        self.lower(fill * term.factor)
         return True
+
+    def lower(self, by: float) -> None:
+        """Scores that a mask hides are lowered by this number."""
+        self.lowered.append(by)
+        self.mask.finite |= by != float("-inf")
+
+    def filled(self, fill: float) -> None:
+        """Scores that a mask hides become this number."""
+        self.became.add(fill)
+        self.mask.finite |= fill != float("-inf")
+
+    def consistent(self) -> bool:
+        """Whether all hidden scores are alike, also where two masks hide them, and whatever is added to them."""
+        numbers = [*self.lowered, *self.became]
+        alike = len(numbers) < 2 or {*numbers} == {float("-inf")}
+        return alike and (not self.mask.biases or all(-number > self.forgetting for number in self.became))
 
     def fits(self, shape: Any) -> bool:
         full = (self.batch, self.heads, self.queries)
@@ -310,7 +340,7 @@ def _counted(place: Any) -> Any:
     return place.args[0] if called(place, aten.arange.default) else None
 
 
-def bias_input(graph: Graph, mask: Mask, q: Node) -> Node | None:
+def bias_input(graph: Graph, mask: Mask, q: Node, k: Node) -> Node | None:
     """What is added to the scores, [1|B, 1|H, 1|Sq, Sk]: biases, and -inf for what only a mask of its own can say."""
     total = None
     for term in mask.biases:
@@ -323,4 +353,6 @@ def bias_input(graph: Graph, mask: Mask, q: Node) -> Node | None:
         total = call(graph, aten.where.ScalarSelf, hidden, float("-inf"), total)
     while total is not None and value(total).dim() < 4:
         total = call(graph, aten.unsqueeze.default, total, 0)
+    if total is not None and not same(value(total).shape[3], value(k).shape[2]):  # the same for every key
+        total = call(graph, aten.expand.default, total, [-1, -1, -1, size(graph, k, 2)])
     return total

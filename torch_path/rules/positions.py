@@ -50,7 +50,7 @@ def line_of(node: Any) -> Line | None:
     """The line that an integer tensor or number is, None where it is none."""
     if isinstance(node, (int, torch.SymInt)) or (isinstance(node, Node) and isinstance(value(node), torch.SymInt)):
         return Line({}, value(node))
-    if not is_tensor(node):
+    if not is_tensor(node) or value(node).dtype not in (torch.int64, torch.int32):  # smaller ones wrap around
         return None
     args = node.args
     if called(node, aten.arange.default):

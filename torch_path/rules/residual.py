@@ -10,15 +10,18 @@ from torch.fx import Graph, Node
 from trimaran.torch_path.graph import aten, call, called, is_tensor, mutation_between, replace, same_shape, value
 
 
-def is_residual(x: Node, norm: Node) -> bool:
-    """x = a + b of one shape and dtype, with nothing between it and the norm that could see a difference."""
+def is_residual(x: Node) -> bool:
+    """x = a + b of one shape and dtype."""
     if not called(x, aten.add.Tensor) or x.kwargs.get("alpha", 1) != 1:
         return False
     if not all(is_tensor(side) and value(side).dtype == value(x).dtype for side in x.args):
         return False
-    if not all(same_shape(value(side).shape, value(x).shape) for side in x.args):
-        return False
-    return mutation_between(x, x, norm) is None
+    return all(same_shape(value(side).shape, value(x).shape) for side in x.args)
+
+
+def known_before(x: Node, param: Node | None, norm: Node) -> bool:
+    """Whether a parameter of the norm is at x what it is at the norm."""
+    return param is None or (param < x and mutation_between(param, x, norm) is None)
 
 
 def rewrite_norm(
@@ -26,7 +29,7 @@ def rewrite_norm(
 ) -> None:
     """Replace `norm` of x by the op, called as target(x, *params, residual, **attrs). Where x is an addition of which
     every parameter is known before, the op adds, at the place of the addition, and gives the sum to its other users."""
-    fused = is_residual(x, norm) and all(param is None or param < x for param in params)
+    fused = is_residual(x) and all(known_before(x, param, norm) for param in params)
     with graph.inserting_before(x.next if fused else norm):
         sides = x.args if fused else (x, None)
         interior = _between(x, norm)

@@ -31,7 +31,7 @@ class RmsNorm:
 
 
 def check_rms_norm(node: Node) -> RmsNorm | str | None:
-    match = _whole(node) if called(node, aten.rms_norm.default) else _written_out(node)
+    match = _whole(node) if node.target is aten.rms_norm.default else _written_out(node)
     if not isinstance(match, RmsNorm):
         return match
     for name, tensor in (("x", match.x), ("weight", match.weight)):

@@ -22,7 +22,7 @@ from trimaran.torch_path.graph import (
     literal,
     value,
 )
-from trimaran.torch_path.rules.masks import Term, masked_value
+from trimaran.torch_path.rules.masks import HIDES, Term, masked_value
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _VIEWS = (*RESHAPES, aten.unflatten.int, aten.flatten.using_ints)
@@ -70,6 +70,8 @@ def read_scores(node: Any, above: float = 1.0, views: tuple[Node, ...] = (), dep
     if split is not None:
         condition, kept, fill, hides = split
         inner = below(kept)
+        if isinstance(inner, Scores) and fill * above > HIDES:
+            return f"masked scores become {fill * above}, which does not hide them"
         if isinstance(inner, Scores):
             term = Term(condition, views, hidden=hides)
             return replace(inner, seen=(*inner.seen, (term, fill * above)))
