@@ -59,6 +59,12 @@ def location(argument: str, folder: Path, name: str) -> Path:
     return path
 
 
+def external_files(model: onnx.ModelProto) -> set[str]:
+    """The files that the model's tensors are in."""
+    apart = (tensor for tensor in tensors(model) if tensor.data_location == TensorProto.EXTERNAL)
+    return {entry.value for tensor in apart for entry in tensor.external_data if entry.key == "location"}
+
+
 def tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
     """Every tensor of the model: weights and attributes, also of subgraphs and functions."""
     yield from _graph_tensors(model.graph)

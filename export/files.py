@@ -10,12 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 
 from trimaran.export.external import check_tensor, tensors
 from trimaran.export.functions import _content, body_function, our_nodes
 from trimaran.export.onnx_graph import dtype_of
+from trimaran.export.reading import read_model
 from trimaran.export.schemas import DOMAIN
 from trimaran.export.structure import check_structure
 from trimaran.kernels.catalog import OPS
@@ -54,7 +54,7 @@ def load(argument: str, path: Path) -> ir.Model:
     ValueError where it is not ONNX, its graph is none, a weight is not what it says or lies outside the model's folder,
     or where it has functions under our name that are not ours; FileNotFoundError where a weight's file is missing."""
     try:
-        proto = onnx.load(path, load_external_data=False)
+        proto = read_model(path)
     except Exception as error:  # protobuf raises its own kinds for what is not a model at all
         raise ValueError(f"{argument} is {str(path)!r}, which is not an ONNX model: {error}") from error
     if not proto.graph.node and not proto.graph.output:
@@ -75,13 +75,32 @@ def load(argument: str, path: Path) -> ir.Model:
 
 
 def in_order(graph: ir.Graph) -> bool:
+    """Whether every node comes after what it reads, itself and in its bodies."""
     seen: set[ir.Node] = set()
     for node in graph:
-        makers = (value.producer() for value in node.inputs if value is not None)
-        if any(maker is not None and maker not in seen for maker in makers):
+        makers = (value.producer() for value in read_by(node))
+        if any(maker is not None and maker.graph is graph and maker not in seen for maker in makers):
+            return False
+        if not all(in_order(body) for body in bodies(node)):
             return False
         seen.add(node)
     return True
+
+
+def bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    for attr in node.attributes.values():
+        if attr.type == ir.AttributeType.GRAPH:
+            yield attr.as_graph()
+        elif attr.type == ir.AttributeType.GRAPHS:
+            yield from attr.as_graphs()
+
+
+def read_by(node: ir.Node) -> Iterator[ir.Value]:
+    yield from (value for value in node.inputs if value is not None)
+    for body in bodies(node):
+        yield from body.outputs
+        for inner in body:
+            yield from read_by(inner)
 
 
 def check_bodies(argument: str, model: ir.Model) -> None:
@@ -140,10 +159,25 @@ def save(model: ir.Model, folder: Path, name: str) -> Path:
             source = Path(value.const_value.path).resolve()
             if source == (folder.parent / f"{name}.data").resolve():
                 raise ValueError(f"{name}.data are the weights of the source, choose another name for what is written")
+    keep_constants(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = f"{name}.data" if size > EXTERNAL_ABOVE or _has_external(model) else None
     ir.save(model, folder / name, external_data=external)
     return folder / name
+
+
+def keep_constants(model: ir.Model) -> None:
+    """Take what attributes and bodies hold in other files into the model: only its own weights go beside it."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for body in graph.subgraphs():
+            for value in body.initializers.values():
+                if isinstance(value.const_value, ir.ExternalTensor):
+                    value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            for name, attr in list(node.attributes.items()):
+                if attr.type == ir.AttributeType.TENSOR and isinstance(attr.value, ir.ExternalTensor):
+                    tensor = attr.as_tensor()
+                    node.attributes[name] = ir.AttrTensor(name, ir.tensor(tensor.numpy().copy(), name=tensor.name))
 
 
 def publish(folder: Path, path: Path) -> None:

@@ -232,9 +232,9 @@ def constant(value: ir.Value | None, depth: int = 8) -> np.ndarray[Any, Any] | N
     if node.op_type in ("Reshape", "Unsqueeze", "Squeeze"):
         array = constant(node.inputs[0], depth - 1)
         return None if array is None else array.reshape(shape)
-    if node.op_type not in (*_FOLDED, "Cast"):
+    if node.op_type not in (*_FOLDED, "Cast", "CastLike"):
         return None
-    parts = [constant(part, depth - 1) for part in node.inputs]
+    parts = [constant(part, depth - 1) for part in node.inputs[: 1 if node.op_type == "CastLike" else None]]
     return None if any(part is None for part in parts) else _computed(node, parts)
 
 
@@ -248,9 +248,9 @@ def _constant_node(node: ir.Node) -> np.ndarray[Any, Any] | None:
 
 def _computed(node: ir.Node, parts: Sequence[Any]) -> np.ndarray[Any, Any] | None:
     with np.errstate(all="ignore"):
-        if node.op_type == "Cast":
-            dtype = ir.DataType(attr(node, "to", 1))
-            return np.asarray(parts[0]).astype(dtype.numpy())
+        if node.op_type in ("Cast", "CastLike"):
+            dtype = ir.DataType(attr(node, "to", 1)) if node.op_type == "Cast" else node.outputs[0].dtype
+            return None if dtype is None else np.asarray(parts[0]).astype(dtype.numpy())
         if node.op_type == "Div" and np.asarray(parts[0]).dtype.kind in "iu":
             return None
         return np.asarray(_FOLDED[node.op_type](*parts))

@@ -15,10 +15,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from trimaran.export import files
+from trimaran.export.external import external_files
 from trimaran.export.functions import attach_functions, count_nodes
 from trimaran.export.inlining import inlined_where_needed
 from trimaran.export.onnx_graph import used
 from trimaran.export.page import node_lines
+from trimaran.export.reading import read_model
 from trimaran.export.report import FileMiss, OnnxReport
 from trimaran.export.rules import attention_rule, layer_scale, linear
 from trimaran.export.rules.activations import ACTIVATION_ANCHORS
@@ -80,7 +82,7 @@ def rewrite_onnx(
     with files.beside(target) as folder:
         if not changed:
             report.verified = "a copy of the source"
-            copy(model, source, folder, target.name, report)
+            copy(source, folder, target.name, report)
         else:
             progress("writing", 0.9)
             written = files.save(model, folder, target.name)
@@ -184,19 +186,14 @@ def verified(source: Path, written: Path, model: ir.Model, inputs: Mapping[str, 
     return f"not verified: {reason}"
 
 
-def copy(model: ir.Model, source: Path, folder: Path, name: str, report: OnnxReport) -> None:
+def copy(source: Path, folder: Path, name: str, report: OnnxReport) -> None:
     """The source under another name. Weights in files of their own stay where the model looks for them."""
     shutil.copyfile(source, folder / name)
-    external = {
-        str(v.const_value.location)
-        for v in model.graph.initializers.values()
-        if isinstance(v.const_value, ir.ExternalTensor)
-    }
-    for location in sorted(external):
-        if source.parent.resolve() != folder.parent.resolve():
-            if Path(location).is_absolute() or ".." in Path(location).parts:
-                raise ValueError(f"src keeps weights in {location!r}, outside its folder")
-            if (folder.parent / location).exists():
-                raise FileExistsError(f"dst needs its weights in {location!r} beside it, which exists")
-            shutil.copyfile(source.parent / location, folder.parent / location)
-            report.notes.append(f"copied its weights, {location}")
+    if source.parent.resolve() == folder.parent.resolve():
+        return
+    for location in sorted(external_files(read_model(source))):
+        if (folder.parent / location).exists():
+            raise FileExistsError(f"dst needs its weights in {location!r} beside it, which exists")
+        (folder.parent / location).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.parent / location, folder.parent / location)
+        report.notes.append(f"copied its weights, {location}")

@@ -221,7 +221,7 @@ def contents(node: ir.Node) -> list[Any] | None:
         tensor, length = attr(node, "value", None), math.prod(whole) if None not in whole else None
         known = isinstance(length, int) and length <= MOST_NUMBERS and tensor is not None and tensor.dtype.is_integer()
         return [int(tensor.numpy().reshape(-1)[0])] * length if known and length is not None else None
-    if op in ("Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape"):
+    if op in ("Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Reshape"):
         dtype = node.outputs[0].dtype
         return whole if dtype is None or dtype.is_integer() else None
     if op == "Concat":

@@ -23,15 +23,17 @@ REAL = [  # package, file
 ]
 
 
-def by_transformers(folder: Path, name: str) -> None:
+def by_transformers(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> None:
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    path = folder / f"{name}-transformers-fused.onnx"
+    half = "-float16" if dtype is torch.float16 else ""
+    path = folder / f"{name}{half}-transformers-fused.onnx"
     if path.exists():
         return
-    tensors, flags = call_of(name, "right", torch.float32)
+    tensors, flags = call_of(name, "right", dtype)
+    model = models.build(name, models.FAMILIES[name].attentions[0], dtype)
     with quiet(), torch.no_grad():
-        found = OnnxExporter().export(models.build(name), {**tensors, **flags}, OnnxConfig(ort_fusions="cuda"))
+        found = OnnxExporter().export(model, {**tensors, **flags}, OnnxConfig(ort_fusions="cuda"))
         ir.save(found.program, path)
 
 
@@ -39,7 +41,7 @@ def make(folder: Path, name: str) -> None:
     attention = models.FAMILIES[name].attentions[0]
     tasks = [lambda form=form: exported(folder, name, *form, attention=attention) for form in FORMS]
     tasks.append(lambda: exported(folder, name, "dynamo", 20, attention=attention, dtype=torch.float16))
-    tasks.append(lambda: by_transformers(folder, name))
+    tasks += [lambda: by_transformers(folder, name), lambda: by_transformers(folder, name, torch.float16)]
     for task in tasks:
         try:
             task()

@@ -31,7 +31,7 @@ from trimaran.export.verify import LIMITS, CannotVerify, example_inputs, relativ
 REFUSALS = (ValueError, FileNotFoundError, PermissionError)
 LARGEST = 1 << 20  # elements of an input; a mutant may ask for any number
 MEMORY = 12 << 30
-SECONDS = 15  # of one mutant, after which the process is killed
+SECONDS = 60  # of one mutant, after which the process is killed
 OP_TYPES = ("Add", "Sub", "Mul", "Div", "Pow", "MatMul", "Softmax", "Exp", "Sqrt", "Erf", "Tanh", "Neg", "Identity",
             "Where", "Max", "Reciprocal", "Transpose", "LayerNormalization", "ReduceMean", "Sigmoid", "Cast", "Gemm",
             "Relu")  # fmt: skip

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
@@ -268,3 +270,41 @@ def test_the_sources_weights_are_never_the_targets(tmp_path):
     (tmp_path / "dst.onnx.data").write_bytes(np.ones(8, "f").tobytes())
     save(tmp_path, norm(external(location="dst.onnx.data")))
     refused(tmp_path, ValueError, "dst.onnx.data are the weights of the source", overwrite=True)
+
+
+@pytest.mark.parametrize("where", ["an unused weight", "a constant", "a body"])
+@pytest.mark.parametrize("matched", [True, False])
+def test_weights_beside_the_model_go_where_it_goes(tmp_path, where, matched):
+    """Also those that no node of the graph reads, or that stand in attributes."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    (first / "sub").mkdir(parents=True)
+    second.mkdir()
+    (first / "sub" / "w.data").write_bytes(np.arange(8, dtype="f").tobytes())
+    model = norm() if matched else norm_free()
+    tensor = external(location="sub/w.data")
+    tensor.name = "apart"
+    if where == "an unused weight":
+        model.graph.initializer.append(tensor)
+    elif where == "a constant":
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["v"], value=tensor))
+        model.graph.node.append(helper.make_node("Add", ["y", "v"], ["z"]))
+        model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [2, 8]))
+    else:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(True), "on"))
+        out = helper.make_tensor_value_info("t", TensorProto.FLOAT, [2, 8])
+        body = helper.make_graph([helper.make_node("Add", ["y", "apart"], ["t"])], "b", [], [out], [tensor])
+        other = helper.make_graph([helper.make_node("Identity", ["y"], ["t"])], "o", [], [out])
+        model.graph.node.append(helper.make_node("If", ["on"], ["z"], then_branch=body, else_branch=other))
+        model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [2, 8]))
+    save(first, model)
+    report = trimaran.rewrite_onnx(first / "src.onnx", second / "dst.onnx")
+    assert bool(report.replaced) == matched
+    shutil.rmtree(first)
+    session = onnxruntime.InferenceSession(second / "dst.onnx", providers=["CPUExecutionProvider"])
+    assert np.isfinite(session.run(None, {"x": np.ones((2, 8), "f")})[-1]).all()
+
+
+def norm_free():
+    model = norm()
+    model.graph.node[0].CopyFrom(helper.make_node("Mul", ["x", "w"], ["y"]))
+    return model

@@ -30,7 +30,6 @@ QUICK = [
     ("deberta-v2", "eager", 18, torch.float16),
     ("llama", "sdpa", 23, torch.float16),
     ("gemma2", "eager", 20, torch.bfloat16),
-    ("dinov2", "sdpa", 20, torch.bfloat16),
     ("whisper", "sdpa", 20, torch.float32),
 ]
 ALL = [

@@ -17,7 +17,8 @@ from trimaran.kernels.catalog import OPS
 # masked_row: in a file of an opset below 23 a masked row is a mean, under PyTorch it is zero.
 FREE = ("transpose_weight", "scale", "masked_row")
 NORMS = "files compute these norms with weights in another order of casts, which their rule does not join to a layer"
-DIFFERENCES = {"gemma2": NORMS, "gemma3": NORMS}
+PRODUCT = "a file multiplies two integer masks before it asks what is not 0, which its rule keeps as a bias"
+DIFFERENCES = {"gemma2": NORMS, "gemma3": NORMS, "deberta-v2": PRODUCT}
 QUICK = ["bert"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from onnx import parser
 from typer.testing import CliRunner
 
-from trimaran.benchmarks.fusions import KINDS, compare, fewer, markdown, ours, theirs
+from trimaran.benchmarks.fusions import KINDS, _same_model, compare, fewer, markdown, ours, theirs
 from trimaran.cli import app
 
 NORM = """<ir_version: 8, opset_import: ["" : 17]> g (float[2, 3, 8] x, float[2, 3, 8] r) => (float[2, 3, 8] y) {
@@ -48,6 +48,20 @@ def test_the_same_measure():
     text = text.replace("y = trim", "p = trimaran.rotary_embedding <packed = 1> (x, x, x) y = trim")
     graph = ir.from_proto(parser.parse_model(text)).graph
     assert ours(graph) == {"rotary": 4, "activation": 1, "norm": 1, "residual norm": 1, "gated": 1, "attention": 1}
+
+
+@pytest.mark.parametrize(
+    ("stem", "family", "same"),
+    [
+        ("t5-dynamo-20-sdpa-right-float32", "t5", True),
+        ("t5-dynamo-20-sdpa-right-float16", "t5", False),
+        ("t5-dynamo-20-sdpa-right-float16", "t5-float16", True),
+        ("t5-torchscript-14-sdpa-right-float32", "t5-float16", False),
+        ("t5-gated-dynamo-20-sdpa-right-float32", "t5", False),
+    ],
+)
+def test_an_exporters_own_fusions_are_compared_in_one_precision(stem, family, same):
+    assert _same_model(stem, family) == same
 
 
 def test_losing_rows_are_named():

@@ -21,7 +21,6 @@ EXPECTED = {  # of each class that makes a model
     "_TestCase2": {"rotary_embedding": 1},
     "_PartialRotaryTestCase": {"rotary_embedding": 1},
     "_SmollmTest1": {"attention": 1, "rms_norm": 3, "rotary_embedding": 1},
-    "_SmollmTest2": {"attention": 1, "rms_norm": 3, "rotary_embedding": 1},
     "_WhisperDecoderTest": {"attention": 2, "layer_norm": 4},
     "_WhisperEncoderTest": {"attention": 1, "layer_norm": 3},
 }

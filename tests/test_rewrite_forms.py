@@ -216,6 +216,9 @@ NUMBERS = " ".join(f"n{n} = Constant <value = int64[1] {{{n}}}> ()" for n in (0,
 ROTARY = {
     "slices": """lo = Slice (x, n0, n4, n3) hi = Slice (x, n4, n8, n3) m = Neg (hi) r = Concat <axis = -1> (m, lo)
         a = Mul (x, cos) e = Mul (r, sin) y = Add (a, e)""",
+    "slices whose bounds are cast": """a0 = CastLike (n0, n1) a4 = Cast <to = 7> (n4) lo = Slice (x, a0, a4, n3)
+        hi = Slice (x, a4, n8, n3) m = Neg (hi) r = Concat <axis = -1> (m, lo) a = Mul (x, cos) e = Mul (r, sin)
+        y = Add (a, e)""",
     "a split, commuted": """lo, hi = Split <axis = 3> (x) m = Neg (hi) r = Concat <axis = 3> (m, lo) a = Mul (cos, x)
         e = Mul (sin, r) y = Add (e, a)""",
 }

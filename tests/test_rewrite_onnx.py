@@ -43,31 +43,39 @@ def bert(**options):
     return BertModel(BertConfig(**config, **options)).eval()
 
 
+OPSETS = [18, pytest.param(20, marks=pytest.mark.slow), 23]
+
+
 @pytest.fixture(scope="module")
 def bert_files(tmp_path_factory):
-    """The same model as torch's exporter writes it at three opsets."""
+    """The same model as torch's exporter writes it, a file for each opset that is asked for."""
     folder = tmp_path_factory.mktemp("bert")
     ids = torch.randint(1, 50, (2, 7))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     axes = {name: {0: "batch", 1: "sequence"} for name in inputs}
-    with torch.no_grad():
-        for opset in (18, 20, 23):
-            torch.onnx.export(
-                bert(), (), str(folder / f"{opset}.onnx"), kwargs=inputs, dynamo=True, opset_version=opset,
-                dynamic_shapes=axes, verbose=False, output_names=["hidden", "pooled"],
-            )  # fmt: skip
-    return folder
+
+    def file(opset):
+        path = folder / f"{opset}.onnx"
+        if not path.exists():
+            with torch.no_grad():
+                torch.onnx.export(
+                    bert(), (), str(path), kwargs=inputs, dynamo=True, opset_version=opset, dynamic_shapes=axes,
+                    verbose=False, output_names=["hidden", "pooled"],
+                )  # fmt: skip
+        return path
+
+    return file
 
 
-@pytest.mark.parametrize("opset", [18, 20, 23])
+@pytest.mark.parametrize("opset", OPSETS)
 def test_bert_as_torch_exports_it(bert_files, tmp_path, opset):
-    source, target = bert_files / f"{opset}.onnx", tmp_path / "out.onnx"
-    before = listing(bert_files)
+    source, target = bert_files(opset), tmp_path / "out.onnx"
+    before = listing(source.parent)
     report = trimaran.rewrite_onnx(source, target)
     assert report.replaced == {"attention": 2, "layer_norm": 5}
     assert not report.near_misses
     assert report.verified.startswith("verified against the source")
-    assert listing(bert_files) == before
+    assert listing(source.parent) == before
     onnx.checker.check_model(target)
     for proto in (onnx.load(source), onnx.load(target)):
         assert [value.name for value in proto.graph.input] == ["input_ids", "attention_mask"]
@@ -84,7 +92,7 @@ def test_bert_as_torch_exports_it(bert_files, tmp_path, opset):
 @pytest.mark.parametrize("opset", [18, 23])
 def test_the_rewritten_file_runs_on_the_kernels(bert_files, tmp_path, opset):
     target = tmp_path / "out.onnx"
-    trimaran.rewrite_onnx(bert_files / f"{opset}.onnx", target)
+    trimaran.rewrite_onnx(bert_files(opset), target)
     ids = np.arange(1, 13).reshape(2, 6)
     feeds = {"input_ids": ids, "attention_mask": np.array([[1] * 6, [0, 0, 1, 1, 0, 1]])}
     expected = run(target, feeds)
@@ -95,9 +103,9 @@ def test_the_rewritten_file_runs_on_the_kernels(bert_files, tmp_path, opset):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-@pytest.mark.parametrize("opset", [18, 20, 23])
+@pytest.mark.parametrize("opset", OPSETS)
 def test_masks_travel_as_lengths_and_keys(bert_files, tmp_path, opset):
-    trimaran.rewrite_onnx(bert_files / f"{opset}.onnx", tmp_path / "out.onnx")
+    trimaran.rewrite_onnx(bert_files(opset), tmp_path / "out.onnx")
     nodes = [node for node in ir.load(tmp_path / "out.onnx").graph if node.op_type == "attention"]
     for node in nodes:
         present = [value is not None for value in node.inputs]
@@ -109,7 +117,7 @@ def test_masks_travel_as_lengths_and_keys(bert_files, tmp_path, opset):
 
 def test_rewriting_twice_changes_nothing(bert_files, tmp_path):
     first, second = tmp_path / "1.onnx", tmp_path / "2.onnx"
-    trimaran.rewrite_onnx(bert_files / "20.onnx", first)
+    trimaran.rewrite_onnx(bert_files(18), first)
     report = trimaran.rewrite_onnx(first, second)
     assert count_nodes(ir.load(second)) == count_nodes(ir.load(first)) == report.replaced
 
@@ -141,7 +149,7 @@ def masks(name):
     }[name]
 
 
-QUICK = [("none", 18), ("bias", 20), ("bias of heads", 23), ("bool", 18), ("keys", 20), ("bool", 23)]
+QUICK = [("none", 18), ("keys", 20), ("bias of heads", 23)]
 FORMS = itertools.product(["none", "bias", "bias of heads", "bool", "keys"], [18, 20, 23])
 
 
@@ -424,9 +432,9 @@ def test_a_wrong_rewrite_is_caught_and_leaves_nothing(bert_files, tmp_path, monk
 
     monkeypatch.setattr(attention_rule, "rewrite_attention", wrong)
     with pytest.raises(VerificationError, match="output hidden differs by"):
-        trimaran.rewrite_onnx(bert_files / "20.onnx", tmp_path / "out.onnx")
+        trimaran.rewrite_onnx(bert_files(18), tmp_path / "out.onnx")
     assert not list(tmp_path.iterdir())
-    trimaran.rewrite_onnx(bert_files / "20.onnx", tmp_path / "out.onnx", verify=False)
+    trimaran.rewrite_onnx(bert_files(18), tmp_path / "out.onnx", verify=False)
 
 
 @pytest.mark.parametrize(
@@ -480,7 +488,7 @@ def test_overwriting_is_asked_for(tmp_path):
 
 
 def test_generated_inputs_stay_within_what_they_index(bert_files):
-    inputs = example_inputs(ir.load(bert_files / "20.onnx"))
+    inputs = example_inputs(ir.load(bert_files(18)))
     assert inputs["input_ids"].max() < 50
     assert set(np.unique(inputs["attention_mask"])) <= {0, 1}
     assert (inputs["attention_mask"].max(1) == 1).all()
