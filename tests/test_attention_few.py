@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracle import assert_close, run_kernel, widened
-from test_attention_hopper import HOPPER, ON_HOPPER, launch_of, operands, tensor
+from oracle import run_kernel
+from test_attention_hopper import HOPPER, ON_HOPPER, check, launch_of, operands, tensor
 
-from trimaran.kernels.attention import attention, attention_reference
+from trimaran.kernels.attention import attention
 from trimaran.kernels.attention_few import MAX_KEYS, attention_few_kernel
 from trimaran.kernels.compiler import compile_launch
 from trimaran.kernels.contract import Device
@@ -55,19 +55,6 @@ def test_it_compiles_and_fits(batch, masked):
     (launch,) = make_plan(attention, [packed, None, None, None, *masks], attrs, HOPPER, (True,)).launches
     assert launch.kernel is attention_few_kernel
     assert compile_launch(launch, 90).shared <= HOPPER.shared_memory
-
-
-def check(q, k, v, key_lengths=None, key_mask=None, **attrs):
-    """Compares with fp64; values of masked keys are NaN for the kernel and zero for the oracle."""
-    attrs = {"scale": 0.1} | attrs
-    given = vars(attention.attributes(attrs))
-    inputs = (q, k, v, None, key_lengths, key_mask)
-    clean = [torch.nan_to_num(t) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs]
-    (exact,) = attention_reference(*map(widened, clean), **given)
-    (peer,) = attention_reference(*clean, **given)
-    got = run_kernel("attention", *inputs, **attrs)
-    assert_close(got, exact, peer)
-    return got
 
 
 @ON_HOPPER

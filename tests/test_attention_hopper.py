@@ -103,11 +103,11 @@ def operands(dtype, batch, heads, kv_heads, queries, keys, head_dim, spread=1.0)
     return [(spread * torch.randn(batch, h, s, head_dim)).to("cuda", dtype) for h, s in sizes]
 
 
-def check(q, k, v, key_lengths=None, **attrs):
-    """Compares with fp64; what is beyond the lengths is NaN for the kernel and zero for the oracle."""
+def check(q, k, v, key_lengths=None, key_mask=None, **attrs):
+    """Compares with fp64; values of masked keys may be NaN for the kernel, and are zero for the oracle."""
     attrs = {"scale": 0.1} | attrs
     given = vars(attention.attributes(attrs))
-    inputs = (q, k, v, None, key_lengths, None)
+    inputs = (q, k, v, None, key_lengths, key_mask)
     clean = [torch.nan_to_num(t) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs]
     (exact,) = attention_reference(*map(widened, clean), **given)
     (peer,) = attention_reference(*clean, **given)
