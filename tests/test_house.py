@@ -126,7 +126,9 @@ sys.meta_path.insert(0, Nothing())
 metadata.version = version
 """)
     assert [package["version"] for package in found["packages"]] == [None] * len(found["packages"])
-    assert found["no_devices"] == found["no_ops"] == "triton is not installed"
+    assert found["no_ops"] == "triton is not installed"
+    assert bool(found["devices"]) != bool(found["no_devices"]), "which the driver tells without Triton"
+    assert "triton" not in found["no_devices"]
     assert found["no_providers"] == "onnxruntime is not installed"
 
 
