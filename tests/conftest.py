@@ -7,6 +7,9 @@ from importlib.util import find_spec
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and none may take them all; before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET"):
