@@ -59,7 +59,7 @@ def test_long_rows_with_a_residual(device, columns):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("columns", [1, 3, 16, 60, 64, 200, 500, 768, 2000])
+@pytest.mark.parametrize("columns", [1, 3, 16, 60, 64, 200, 500, 768, pytest.param(2000, marks=pytest.mark.slow)])
 def test_many_rows_share_a_program(device, columns):
     rows = 1027  # not a multiple of any tile
     check(tensors(device, torch.float16, (rows, columns), residual=True), return_sum=True)

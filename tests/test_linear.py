@@ -126,8 +126,14 @@ def test_weights_side_by_side(device, columns, transpose, bias):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("split", [2, 3, 5])
-@pytest.mark.parametrize("depth", [64, 200])
+@pytest.mark.parametrize(
+    ("depth", "split"),
+    [
+        (200, 3),
+        (64, 5),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((64, 2), (64, 3), (200, 2), (200, 5))),
+    ],
+)
 def test_a_depth_in_parts(device, tile, split, depth):
     tile(**SMALL, SPLIT=split)
     inputs = tensors(device, torch.float16, (2, 13, depth), 300, residual=True)

@@ -102,6 +102,7 @@ def test_whose_memory_is_measured(rows: list[str], found: Any, monkeypatch: pyte
     assert memory.of_device() == found
 
 
+@pytest.mark.slow
 def test_a_failed_check_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Soak, "compare", lambda self, got, turn, check: check.fail("planted"))
     code, found = soaked("0.0001", tmp_path / "soak.json")
