@@ -80,6 +80,29 @@ def test_bert_is_replayed(device):
     assert "1 CUDA graph, " in str(report)
 
 
+def test_grad_mode_is_as_fast(device):
+    """Plain eval(), inputs that need no gradient: replayed as often as under no_grad."""
+    replayed = []
+    for mode in (False, True):
+        model, report = optimized(bert(), device)
+        before = fake_graphs.FakeRecorder.replayed
+        with torch.set_grad_enabled(mode):
+            for seed in range(CALLS):
+                inputs = batch(3, 9, device)
+                inputs["input_ids"] = (inputs["input_ids"] + seed) % 50
+                ours = model(**inputs).last_hidden_state
+                assert not ours.requires_grad
+                torch.testing.assert_close(ours, eager(model, **inputs).last_hidden_state, rtol=1e-4, atol=1e-4)
+        replayed.append(fake_graphs.FakeRecorder.replayed - before)
+        assert report.cuda_graphs == 1
+        assert not report.without_graph
+        if device == "cpu":
+            assert not report.fallbacks
+    assert replayed[0] == replayed[1]
+    if device == "cpu":
+        assert replayed[1] >= CALLS - 2
+
+
 def test_outputs_are_the_callers_own(device):
     model, _ = optimized(Small(), device)
     results = [model(rows(2, 8, device, seed)) for seed in range(5)]

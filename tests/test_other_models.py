@@ -6,6 +6,8 @@ import transformers as hf
 from models import DECODER, MARKS, SIZES, VISION, padding, tensors
 
 import trimaran
+from trimaran.torch_path import optimize
+from trimaran.torch_path.ops import TORCH_OPS
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 GPT = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48, **MARKS}
@@ -118,3 +120,65 @@ def test_a_model_whose_attention_is_another(name):
     assert OTHERWISE[name][3] in str(report)
     assert sum(graph.replaced["linear"] + graph.replaced["linear_norm"] for graph in report.graphs) >= 4, report
     assert not sum(graph.replaced["attention"] for graph in report.graphs)
+
+
+def masks_of(kind):
+    """(key_padding_mask, attn_mask) of nn.MultiheadAttention: two rows that are shorter, and every query's past."""
+    hidden, future = padding(3, 8, "right") == 0, torch.ones(8, 8).triu(1).bool()
+    if kind == "bool":
+        return hidden, future
+    return [torch.zeros(mask.shape).masked_fill(mask, float("-inf")) for mask in (hidden, future)]
+
+
+class Pool(torch.nn.Module):
+    """Attention whose weights nobody uses, though they may be asked for."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.attention, self.weights = torch.nn.MultiheadAttention(32, 4, batch_first=True), weights
+
+    def forward(self, x, hidden, future):
+        return self.attention(x, x, x, key_padding_mask=hidden, attn_mask=future, need_weights=self.weights)[0]
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_multi_head_attention_with_two_masks(kind, weights):
+    torch.manual_seed(0)
+    model = Pool(weights).eval()
+    call = (torch.randn(3, 8, 32), *masks_of(kind))
+    with torch.no_grad():
+        before = model(*call)
+    report = trimaran.optimize_model(model)
+    torch.testing.assert_close(model(*call), before, rtol=1e-5, atol=2e-6 * before.abs().max().item())
+    assert report.replaced == {"attention": 1, "linear": 2}, report
+    assert not report.near_misses, report
+    assert not report.fallbacks, report
+
+
+def test_t5_builds_its_position_bias_once(monkeypatch):
+    """Whatever the layers: one embedding of relative positions, and one bias that all attentions take."""
+    seen, rewrite = [], optimize.rewrite
+
+    def watched(module, rules):
+        found = rewrite(module, rules)
+        seen.append(module.graph)
+        return found
+
+    monkeypatch.setattr(optimize, "rewrite", watched)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 4, "num_heads": 4}
+    model = hf.T5EncoderModel(hf.T5Config(**sizes)).eval()
+    report = trimaran.optimize_model(model)
+    ids = torch.arange(3, 27).view(3, 8)
+    model(input_ids=ids, attention_mask=padding(3, 8, "right"))
+    assert report.replaced["attention"] == 4, report
+    [graph] = seen
+    op = TORCH_OPS["attention"]
+    at = [port.name for port in op.op.inputs].index("bias")
+    biases = {node.args[at] for node in graph.nodes if node.target is op.overload}
+    assert len(biases) == 1
+    assert None not in biases
+    targets = [getattr(node.target, "_opname", "") for node in graph.nodes]
+    assert targets.count("embedding") == 2, "of tokens, and of relative positions"
+    assert targets.count("log") == 1, "of the distances that share buckets"
