@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from trimaran.torch_path.ops import TORCH_OPS
 from trimaran.torch_path.rewrite import rewrite
@@ -17,11 +18,12 @@ INF = float("inf")
 
 def traced(function, *inputs):
     """The graph of a function of tensors; those that it has by itself are constants in it."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        graph = make_fx(function, pre_dispatch=True)(*map(mode.from_tensor, inputs))
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
+        fake = [mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
+        graph = make_fx(function, pre_dispatch=True)(*fake)
         for node in graph.graph.nodes:
             if node.op == "get_attr":
-                node.meta["val"] = mode.from_tensor(getattr(graph, node.target))
+                node.meta["val"] = mode.from_tensor(getattr(graph, node.target), static_shapes=True)
     return graph
 
 

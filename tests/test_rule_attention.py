@@ -1,5 +1,6 @@
 """The attention rule: every way to write attention, and for each branch of its checks what it leaves and why."""
 
+import functools
 import math
 
 import pytest
@@ -44,6 +45,9 @@ WRITTEN_OUT = {
     "scaled queries": (lambda q, k, v: weights(q * 0.3 @ k.mT, v), {"scale": 0.3}),
     "scaled keys": (lambda q, k, v: weights(q @ (k / 2).mT, v), {"scale": 0.5}),
     "scaled everywhere": (lambda q, k, v: weights((q * 2) @ (k * 3).mT / 4, v), {"scale": 1.5}),
+    "a number in a tensor first": (lambda q, k, v: weights(torch.tensor(0.3) * (q @ k.mT), v), {"scale": 0.3}),
+    "scaled by a tensor": (lambda q, k, v: weights((q * q.mean()) @ k.mT, v), {"scale": 1.0}),
+    "scaled, then copied": (lambda q, k, v: weights((q.mT * 0.3).contiguous().mT @ k.mT, v), {"scale": 0.3}),
     "permuted keys": (lambda q, k, v: weights(q @ k.permute(0, 1, 3, 2), v), {"scale": 1.0}),
     "in place": (lambda q, k, v: weights((q @ k.mT).mul_(0.5).add_(BIAS), v), {"scale": 0.5}),
     "capped": (capped, {"scale": 0.3, "softcap": 5.0}),
@@ -187,6 +191,20 @@ NO_ATTENTION = {
     "scaled by a tensor": (lambda q, k, v: torch.bmm((q[0] @ k[0].mT * k.sum()).softmax(-1), v[0]),
                             "no product of queries and keys"),
     "through something else": (lambda q, k, v: (q @ k.mT).softmax(-1).relu() @ v, "go through aten.relu.default"),
+    "a long chain": (lambda q, k, v: weights(functools.reduce(torch.mul, [0.9] * 17, q @ k.mT), v),
+                     "no product of queries and keys"),
+    "other scores, masked": (lambda q, k, v: weights((BIAS + q.sum()).masked_fill(~CAUSAL, -1e9), v),
+                             "no product of queries and keys"),
+    "other scores, capped": (lambda q, k, v: weights(torch.tanh(BIAS + q.sum()) * 2, v),
+                             "no product of queries and keys"),
+    "keys not transposed, with a bias": (lambda q, k, v: (q @ k.reshape(2, 4, 8, 6) + BIAS).softmax(-1) @ v,
+                                         "no transpose"),
+    "alpha from an input": (
+        lambda q, k, v: torch.baddbmm(BIAS[0], q[0], k[0].mT, alpha=q[0, 0, 0, 0].item()).softmax(-1) @ v[0],
+        "alpha or beta of its baddbmm is computed at run time"),
+    "a mask wider than bfloat16": (
+        lambda q, k, v: F.scaled_dot_product_attention(*(x.bfloat16() for x in (q, k, v)), attn_mask=BIAS),
+        "the mask is float32 and q is bfloat16"),
     "to something else": (lambda q, k, v: (q @ k.mT).softmax(-1).relu().sum(), None),
     "on a long way": (lambda q, k, v: (q @ k.mT).softmax(-1).relu().exp().sin().cos().tan().abs() @ v, None),
     "a classifier": (lambda q, k, v: (q @ k.mT).softmax(-1), None),

@@ -75,6 +75,9 @@ NOT_GATED = {
     "another input": lambda x: F.silu(F.linear(x, A)) * F.linear(x + 1, A + 1),
     "a half used twice": lambda x: (lambda a, b: F.gelu(a) * b + b)(*F.linear(x, A).chunk(2, -1)),
     "halves of the rows": lambda x: (lambda a, b: F.gelu(a) * b)(*F.linear(x[:, :4], A).chunk(2, 1)),
+    "halves of what is used whole": lambda x: (lambda y, a, b: F.gelu(a) * b + y.sum())(
+        *(lambda y: (y, *y.chunk(2, -1)))(F.linear(x, A))
+    ),
     "thirds": lambda x: (lambda a, b, c: F.gelu(a) * b)(*F.linear(x, A).chunk(3, -1)),
 }
 
@@ -235,6 +238,26 @@ def test_no_linear_norm_of_two_dtypes(name):
 def test_two_layers_whose_rows_somebody_else_reads():
     def function(x, a, b):
         return [y.transpose(0, 1).as_strided((5, 2, 24), (24, 120, 1)) for y in (F.linear(x, a), F.linear(x, b))]
+
+    report, _, ours = rewritten(function, X, A, A + 1)
+    assert report.replaced == {"linear": 1}
+    torch.testing.assert_close(ours, function(X, A, A + 1), rtol=1e-4, atol=1e-4)
+
+
+@torch.library.custom_op("trimaran_tests::rows", mutates_args=())
+def rows_of_somebody_else(x: torch.Tensor) -> torch.Tensor:
+    assert x.is_contiguous()
+    return x * 2
+
+
+@rows_of_somebody_else.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_an_operator_of_somebody_else_gets_rows_that_lie_together():
+    def function(x, a, b):
+        return rows_of_somebody_else(F.linear(x, a)), F.linear(x, b)
 
     report, _, ours = rewritten(function, X, A, A + 1)
     assert report.replaced == {"linear": 1}

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from rules import INF, assert_found, assert_left, rand
+from rules import INF, assert_found, assert_left, rand, traced
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from trimaran.torch_path.rules.masks import Mask, MaskReader, Term, number
 
 F = nn.functional
 Q, K, V = rand(2, 4, 5, 8), rand(2, 4, 6, 8, seed=1), rand(2, 4, 6, 8, seed=2)
@@ -78,6 +81,7 @@ CONDITIONS = {
     "a negated difference": (lambda: -(i() - j()) <= 1, CAUSAL),
     "and": (lambda: (j() <= i() + 1) & (j() > i() - 1), CAUSAL | {"window_left": 1}),
     "times": (lambda: (j() <= i() + 1) * (j() > i() - 1), CAUSAL | {"window_left": 1}),
+    "times, cast": (lambda: ((j() <= i() + 1) * (j() > i() - 1)).int() != 0, CAUSAL | {"window_left": 1}),
     "not or": (lambda: ~((j() > i() + 1) | (j() <= i() - 1)), CAUSAL | {"window_left": 1}),
     "twice": (lambda: (j() <= i() + 1) & (j() <= i() + 2), CAUSAL),
     "both windows": (lambda: (j() > i() - 1) & (j() > i() - 2), {"window_left": 1}),
@@ -132,6 +136,7 @@ CONDITIONS = {
     "zeros, new and like": (lambda: torch.zeros_like(j().new_zeros(6)) == 0, OPEN),
     "constants compared": (lambda: torch.ones(6) == torch.ones(5, 1), OPEN),
     "constants unlike": (lambda: torch.ones(6) != torch.zeros(5, 1), OPEN),
+    "a complex number": (lambda: torch.full((6,), 1j) != 0, "key_mask"),
     "nothing": (lambda: torch.ones(6) == torch.zeros(5, 1), "bias"),
     "counted zeros": (lambda: torch.zeros(6).cumsum(0) == 0, OPEN),
     "counted ones": (lambda: torch.ones(6).cumsum(0) == 1, "key_mask"),
@@ -213,6 +218,7 @@ def test_masks_that_do_not_agree(name):
 
 
 SEEN_BY_KEY = SEEN[:, None, None]
+WIDER = torch.cat((SEEN, torch.zeros(2, 2).bool()), 1)
 FORMS = {  # of sdpa's own mask: how, and which inputs of the op it becomes
     "none": (lambda q: None, []),
     "float": (lambda q: BIAS, ["bias"]),
@@ -230,6 +236,10 @@ FORMS = {  # of sdpa's own mask: how, and which inputs of the op it becomes
         lambda q: SEEN[torch.arange(2)[:, None, None, None], j()[None, None, None]].expand(2, 1, 5, 6), ["key_mask"]),
     "keys, looked up otherwise": (
         lambda q: SEEN[torch.arange(2).flip(0)[:, None, None, None], j()[None, None, None]], ["key_mask"]),
+    "keys, looked up in a wider table": (
+        lambda q: WIDER[torch.arange(2)[:, None, None, None], j()[None, None, None]], ["key_mask"]),
+    "keys, looked up by a range": (
+        lambda q: WIDER[torch.arange(2)[:, None, None, None], torch.arange(0, 6)[None, None, None]], ["key_mask"]),
     "for each head": (lambda q: q[..., :6] > 0, ["bias"]),
     "two dimensions": (lambda q: BIAS[0, 0] > 0, ["bias"]),
 }  # fmt: skip
@@ -250,6 +260,44 @@ def test_a_mask_that_is_scaled_with_the_scores():
         lambda q, k, v: weights((q @ k.mT + torch.where(SEEN_BY_KEY, 0.0, LOWEST)) / 2, v), Q, K, V, op="attention"
     )
     assert found[2] == ["q", "k", "v", "key_lengths", "key_mask"]
+
+
+ROWS_OF_HEADS = {  # what is added to scores [B*H, Sq, Sk]
+    "a view": lambda scores: scores + torch.where(SEEN_BY_KEY, 0.0, LOWEST).expand(2, 4, 5, 6).reshape(8, 5, 6),
+    "in four dimensions": lambda scores: (scores.view(2, 4, 5, 6) + BIAS).view(8, 5, 6),
+    "in four dimensions, as large": lambda scores: (scores.view(2, 4, 5, 6) + BIAS.repeat(2, 1, 1, 1)).view(8, 5, 6),
+}
+
+
+@pytest.mark.parametrize("name", ROWS_OF_HEADS)
+def test_masks_of_rows_of_heads(name):
+    def attend(q, k, v):
+        return torch.bmm(ROWS_OF_HEADS[name](torch.bmm(q, k.mT)).softmax(-1), v)
+
+    rows = [x.flatten(0, 1) for x in (Q, K, V)]
+    found = assert_found(attend, *rows, op="attention", tolerance=1e-4)
+    assert found[2] == ["q", "k", "v", "bias"]
+
+
+UNFIT = {"batch": (3, 1, 5, 6), "heads": (2, 3, 5, 6), "queries": (1, 1, 4, 6), "keys": (2, 1, 1, 5), "rank": (1,) * 5}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_masks_of_unfit_shapes(name):
+    """No operator of torch's takes such a mask; with sizes that are symbols a graph may not tell."""
+    graph = traced(lambda seen, bias: (seen, bias), torch.ones(UNFIT[name]).bool(), rand(*UNFIT[name]))
+    seen, bias = (node for node in graph.graph.nodes if node.op == "placeholder")
+    reader = MaskReader((2, 4, 5), 6, torch.float32)
+    wanted = f"the mask's shape {list(UNFIT[name])} is not provably [1|B, 1|H, 1|Sq, Sk]"
+    assert reader.seen(Term(seen)) == wanted
+    assert reader.added(Term(bias), "float32") == wanted
+    assert reader.mask == Mask()
+
+
+def test_numbers_of_symbols():
+    symbol = ShapeEnv().create_unbacked_symint()
+    assert number(symbol) is None
+    assert number(symbol - symbol + 3) == number(3) == 3
 
 
 def test_a_mask_of_another_dtype():

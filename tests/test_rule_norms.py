@@ -43,6 +43,9 @@ NO_RMS = {
     "no eps": (lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) * w, None),
     "eps from a tensor": (lambda x, w: x * rms(x, w[0]) * w, "eps is computed at run time"),
     "another numerator": (lambda x, w: (x + 1) * rms(x), "what is multiplied with the root is not what was squared"),
+    "a weight that is rounded": (
+        lambda x, w: w.bfloat16() * (x.bfloat16().float() * rms(x.bfloat16().float())).bfloat16(),
+        "weight is float32 and x is bfloat16"),
     "double": (lambda x, w: (x.double() * rms(x.double())).float(), "x is float64"),
     "wide": (lambda x, w: x.bfloat16().float() * rms(x.bfloat16().float()), "result is float32 and x is bfloat16"),
     "two dimensions": (lambda x, w: F.rms_norm(x, (5, 8)), "it normalizes the last 2 dimensions"),
@@ -62,6 +65,15 @@ WITHOUT_WEIGHT = {  # what follows is no weight
 @pytest.mark.parametrize("name", WITHOUT_WEIGHT)
 def test_rms_norms_whose_weight_is_another(name):
     found = assert_found(WITHOUT_WEIGHT[name], rand(3, 5, 8), W, op="rms_norm")
+    assert "weight" not in found[2]
+
+
+def test_a_weight_plus_one_on_what_is_rounded_is_no_weight():
+    def function(x, w):
+        return (x.float() * rms(x.float())).bfloat16() * (1 + w)
+
+    x, w = rand(3, 5, 8).bfloat16(), W.bfloat16()
+    found = assert_found(function, x, w, op="rms_norm", tolerance=0.02)
     assert "weight" not in found[2]
 
 

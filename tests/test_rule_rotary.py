@@ -172,6 +172,9 @@ NO_ROTARY = {
                     None),
     "other tables for the second kind": (
         lambda q: (lambda a, b: torch.cat((a * LOW - b * HIGH, b * HIGH + a * LOW), -1))(*q.chunk(2, -1)), None),
+    "pairs that lie apart": (
+        lambda q: (lambda a, b: torch.stack((a * LOW - b * HIGH, a * HIGH + LOW * b), -1).flatten(-2))(
+            *q.unflatten(-1, (2, 4)).unbind(-2)), None),
     "no products of kinds": (lambda q: (lambda a, b: torch.cat((a - b, b + a), -1))(*q.chunk(2, -1)), None),
     "a table for each head": (lambda q: turn(q, COS.repeat(1, 4, 1, 1)), "cos and sin are .*, expected one row"),
     "one row": (lambda q: turn(q, COS, SIN[:, :, :1]), "expected one row for each position of q"),
